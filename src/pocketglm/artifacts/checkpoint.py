@@ -1,0 +1,169 @@
+"""A Hugging Face model folder, opened lazily: config, tensor headers, tokenizer, manifest.
+
+Never runs code from the folder and never unpickles. Opening reads headers only.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from pocketglm.artifacts import safetensors
+from pocketglm.artifacts.manifest import MANIFEST, Manifest, digest_files, read_manifest
+from pocketglm.artifacts.safetensors import TensorInfo
+from pocketglm.errors import CheckpointError, UsageError
+
+__all__ = ["Checkpoint", "TensorInfo"]
+
+# What belongs to a checkpoint; a repository may hold much more (other formats, pictures).
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+    "2_Normalize/config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a model folder.
+
+    Raises:
+        CheckpointError: missing, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} does not exist", "is this a model folder?") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}", "download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} should hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def model_folder(path: Path | str) -> Path:
+    """`path` if it is a folder; else an error that tells a hub id from a wrong path."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UsageError(f"{folder} is a file, not a model folder", "name the folder it lies in")
+    parts = str(path).split("/")
+    if len(parts) == 2 and all(parts) and not str(path).startswith((".", "~")):
+        raise UsageError(
+            f"{path} is not a folder here, and PocketGLM does not download",
+            f"hf download {path} --local-dir {parts[1]}   (pip install huggingface_hub), "
+            f"then use ./{parts[1]}",
+        )
+    raise UsageError(f"{folder} does not exist", "check the path of the model folder")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An open checkpoint: `tensors` lists what is stored, in file order."""
+
+    path: Path
+    config: dict[str, Any]
+    manifest: Manifest
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, path: Path | str) -> Checkpoint:
+        """Read the headers of a model folder.
+
+        Raises:
+            UsageError: there is no such folder (for a hub id: the download command).
+            CheckpointError: no config, no safetensors, pickle only, remote code, bad shards.
+        """
+        folder = model_folder(path)
+        config = read_json(folder / "config.json")
+        tensors: dict[str, TensorInfo] = {}
+        for file in _weight_files(folder, config):
+            for name, info in safetensors.read_header(file).items():
+                if name in tensors:
+                    raise CheckpointError(f"{folder}: tensor '{name}' is stored in two files")
+                tensors[name] = info
+        _check_index(folder, tensors)
+        return cls(folder, config, read_manifest(folder), tensors)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """Rows `start:stop` of a tensor, in its stored dtype.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} has no tensor '{name}'")
+        return safetensors.read(self.tensors[name], start, stop)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that make up the checkpoint, sorted by name."""
+        side = [self.path / name for name in (*SIDE_FILES, MANIFEST)]
+        weights = {self.path / info.file.name for info in self.tensors.values()}
+        index = self.path.glob("*.safetensors.index.json")
+        return sorted({*(f for f in side if f.is_file()), *weights, *index})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files of the checkpoint."""
+        return sum(f.stat().st_size for f in self.files)
+
+    def digest(self) -> str:
+        """sha256 over the names and contents of `files`."""
+        return digest_files(self.path, self.files)
+
+
+def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
+    index = sorted(folder.glob("*.safetensors.index.json"))
+    if index:
+        shards = read_json(index[0]).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise CheckpointError(f"{index[0]} has no weight_map", "download it again")
+        files = sorted({folder / str(name) for name in shards.values()})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+        if len(files) > 1 and (folder / "model.safetensors").is_file():
+            files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing", "the folder is incomplete: copy it again")
+    if files:
+        return files
+    pickles = [f.name for pattern in _PICKLES for f in sorted(folder.glob(pattern))]
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds pickled weights only ({pickles[0]}), which can run code when opened",
+            "save it as safetensors with its own library: model.save_pretrained(folder)",
+        )
+    if "auto_map" in config or any(folder.glob("*.py")):
+        raise CheckpointError(
+            f"{folder} needs its own Python code (remote code), which PocketGLM does not run",
+            "use the model's repository in the Hugging Face format (its name often ends in -hf)",
+        )
+    raise CheckpointError(f"{folder} has no *.safetensors file", "is this a model folder?")
+
+
+def _check_index(folder: Path, tensors: dict[str, TensorInfo]) -> None:
+    for index in sorted(folder.glob("*.safetensors.index.json"))[:1]:
+        missing = sorted(set(read_json(index)["weight_map"]) - set(tensors))
+        if missing:
+            raise CheckpointError(
+                f"{index} names {len(missing)} tensors that no shard holds, first '{missing[0]}'",
+                "a shard is from another model or incomplete: copy the folder again",
+            )

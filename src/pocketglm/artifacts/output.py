@@ -1,0 +1,182 @@
+"""Output folders that are either whole or not there.
+
+Work happens in `OUT.partial/`, locked by this process and marked with the request that it belongs
+to; a finished folder is renamed to `OUT`. The same request resumes what it finds. The lock is
+flock on the folder itself: the kernel frees it when a process dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pocketglm.errors import DiskFullError, LockedError, OutputExistsError, UsageError
+
+REQUEST = ".request"
+_MANIFESTS = ("pocketglm.json", "export.json", "proof.json")
+
+
+def request_of(folder: Path) -> str | None:
+    """The request digest that a finished folder records, or None."""
+    for name in _MANIFESTS:
+        try:
+            value = json.loads((folder / name).read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(value, dict) and value.get("request"):
+            return str(value["request"])
+    return None
+
+
+def is_done(out: Path, request: str, force: bool) -> bool:
+    """Whether `out` already holds the result of this request.
+
+    Raises:
+        OutputExistsError: it holds something else, and `force` is not set.
+    """
+    if not os.path.lexists(out):
+        return False
+    if out.is_dir() and request_of(out) == request and not force:
+        return True
+    if out.is_dir() and not any(out.iterdir()):
+        return False
+    if not force:
+        raise OutputExistsError(
+            f"{out} exists and was not made by this command with these inputs",
+            "choose another --out, or add --force to replace it",
+        )
+    return False
+
+
+@contextmanager
+def output_folder(out: Path, request: str, force: bool = False) -> Iterator[Path]:
+    """Yields the partial folder of `out`; on success it becomes `out`.
+
+    The body writes its files there, finding what an interrupted run of the same request left.
+    The body's manifest must record `request`. On an error the partial folder stays for a resume
+    if the body left something besides the marker, else it is removed.
+
+    Raises:
+        LockedError: another process is writing the same output.
+        OutputExistsError: unfinished work of another request is there, and `force` is not set.
+        DiskFullError: no space left.
+    """
+    partial = out.with_name(out.name + ".partial")
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle = _lock(partial)
+        try:
+            _claim(partial, request, force)
+            try:
+                yield partial
+            except BaseException:
+                _drop_if_empty(partial)
+                raise
+            _commit(partial, out)
+        finally:
+            os.close(handle)
+
+
+def _lock(partial: Path) -> int:
+    """An fd that holds the lock of the folder that `partial` names now."""
+    while True:
+        partial.mkdir(exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise LockedError(
+                f"another process is writing {partial}", "wait for it, or choose another --out"
+            ) from error
+        try:
+            if os.path.samestat(os.fstat(handle), os.stat(partial)):
+                return handle
+        except FileNotFoundError:
+            pass  # the other writer finished and renamed it between our open and our lock
+        os.close(handle)
+
+
+def _claim(partial: Path, request: str, force: bool) -> None:
+    marker = partial / REQUEST
+    try:
+        owner = marker.read_text()
+    except FileNotFoundError:
+        owner = None
+    strange = owner != request and any(f.name != REQUEST for f in partial.iterdir())
+    if strange and not force:
+        raise OutputExistsError(
+            f"{partial} holds unfinished work of another command",
+            "run that command again to finish it, or add --force to discard it",
+        )
+    if owner != request or force:
+        _empty(partial)
+        marker.write_text(request)
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _drop_if_empty(partial: Path) -> None:
+    if all(entry.name == REQUEST for entry in partial.iterdir()):
+        shutil.rmtree(partial)
+
+
+def _commit(partial: Path, out: Path) -> None:
+    (partial / REQUEST).unlink()
+    _sync(partial)
+    if os.path.lexists(out):
+        # Nothing is lost on a crash here: the old folder is still there under another name.
+        old = out.with_name(out.name + ".replaced")
+        if old.exists():
+            shutil.rmtree(old)
+        os.rename(out, old)
+        os.rename(partial, out)
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    else:
+        os.rename(partial, out)
+    _sync(out.parent)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turns 'no space left' and 'permission denied' into errors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"no space left on the disk of {out}",
+                "free some space and run the same command again: it resumes",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UsageError(f"cannot write {out}: {error.strerror}", "choose another --out") from (
+                error
+            )
+        raise
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk where `path` will lie."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

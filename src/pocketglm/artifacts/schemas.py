@@ -1,0 +1,184 @@
+"""What each verb prints with `--json`: one object of the class below, named after the verb."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pocketglm.artifacts.export import Parity
+from pocketglm.artifacts.manifest import Step
+from pocketglm.artifacts.proof import Claim, Verdict
+from pocketglm.contracts import Config
+
+
+class MetricResult(Config):
+    """A fraction in 0..1 (or a stated unit) over `n` rows, with its 95 % interval."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+
+class InspectResult(Config):
+    """`parts` are bytes by embedding / attention / ffn / head / other; see `opens_in`."""
+
+    path: str
+    kind: Literal["checkpoint", "export", "proof"]
+    architecture: str = ""
+    parameters: int = 0
+    bytes: int
+    precision: str = ""
+    hidden_size: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    vocab_size: int | None = None
+    max_length: int | None = None
+    pooling: str = ""
+    head: str = ""
+    labels: list[str] = []
+    parts: dict[str, int] = {}
+    schemes: dict[str, int] = {}
+    opens_in: dict[str, str] = {}
+    digest: str = ""
+    lineage: list[Step] = []
+    export: dict[str, Any] | None = None
+    proof: dict[str, Any] | None = None
+
+
+class TrainResult(Config):
+    out: str
+    already_done: bool = False
+    task: str
+    epochs: float
+    steps: int
+    best_epoch: int
+    validation: dict[str, MetricResult]
+    loss_plot: str
+    seconds: float
+
+
+class EvalResult(Config):
+    path: str
+    task: str
+    data: str
+    split: str
+    primary: str
+    metrics: dict[str, MetricResult]
+
+
+class PredictResult(Config):
+    path: str
+    file: str
+    out: str | None
+    rows: int
+    predictions: list[dict[str, Any]]
+
+
+class StepResult(Config):
+    """`reused`: taken from the step cache. Sizes in bytes."""
+
+    method: str
+    settings: dict[str, Any]
+    reused: bool
+    bytes_before: int
+    bytes_after: int
+    effect: dict[str, float] = {}
+    seconds: float
+
+
+class CompressResult(Config):
+    """With `--dry-run`, `bytes_after` is computed from the headers and nothing is written."""
+
+    out: str
+    dry_run: bool = False
+    already_done: bool = False
+    steps: list[StepResult]
+    bytes_before: int
+    bytes_after: int
+
+
+class TargetResult(Config):
+    target: str
+    ok: bool
+    out: str | None = None
+    already_done: bool = False
+    precision: str = ""
+    bytes: int = 0
+    parity: Parity | None = None
+    error: str | None = None
+    exit_code: int = 0
+
+
+class ExportResult(Config):
+    out: str
+    targets: list[TargetResult]
+
+
+class RunResult(Config):
+    path: str
+    runtime: str
+    text: str
+    label: str | None = None
+    score: float | None = None
+    top: list[dict[str, Any]] = []
+    embedding: list[float] | None = None
+    milliseconds: float
+
+
+class BenchResult(Config):
+    """Latencies in milliseconds, memory in bytes (peak RSS of a fresh process)."""
+
+    path: str
+    runtime: str
+    threads: int
+    batch: int
+    tokens: int
+    runs: int
+    p50_ms: float
+    p99_ms: float
+    mean_ms: float
+    per_second: float
+    load_ms: float
+    peak_rss_bytes: int
+    size_bytes: int
+    device: dict[str, str]
+
+
+class ProveResult(Config):
+    out: str
+    report: str
+    verdict: Verdict
+    claims: list[Claim]
+    already_done: bool = False
+
+
+class CacheResult(Config):
+    path: str
+    entries: int
+    bytes: int
+    cleared: bool = False
+
+
+class DemoResult(Config):
+    """`rows` is the before/after table; `answers` the sentences it answered."""
+
+    out: str
+    report: str
+    rows: list[dict[str, Any]]
+    answers: list[dict[str, Any]]
+    seconds: float
+
+
+RESULTS: dict[str, type[Config]] = {
+    "inspect": InspectResult,
+    "train": TrainResult,
+    "eval": EvalResult,
+    "predict": PredictResult,
+    "compress": CompressResult,
+    "export": ExportResult,
+    "run": RunResult,
+    "bench": BenchResult,
+    "prove": ProveResult,
+    "cache": CacheResult,
+    "demo": DemoResult,
+}

@@ -1,0 +1,204 @@
+"""The extension contract, on one page.
+
+A method, target, runtime or task is one file that ends in `SPEC = ...`, an instance of one of
+the classes below. `registry.load` finds it by its file name. Nothing else has to be edited.
+
+    methods/NAME.py   SPEC = TensorMethod(...)     Checkpoint -> Checkpoint
+    targets/NAME.py   SPEC = Target(...)           Checkpoint -> Export
+    runtimes/NAME.py  SPEC = Runtime(...)          Checkpoint | Export -> Session
+    eval/NAME.py      SPEC = Task(...)             Session + rows -> Scores
+
+Shapes: B batch, S tokens, C classes or hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+
+    from pocketglm.artifacts.checkpoint import Checkpoint, TensorInfo
+    from pocketglm.artifacts.scheme import TensorScheme
+    from pocketglm.text.tokenizer import Tokenizer
+
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Reporter(Protocol):
+    """Where a long piece of work tells how far it is. The CLI's draws on stderr."""
+
+    def say(self, text: str) -> None:
+        """One line of words."""
+
+    def progress(self, label: str, done: int, total: int, note: str = "") -> None:
+        """`done` of `total` units of `label`; `note` is a short state such as `loss 0.41`."""
+
+
+class Silent:
+    """A Reporter that tells nobody."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def progress(self, label: str, done: int, total: int, note: str = "") -> None:
+        pass
+
+
+# --- methods -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMethod:
+    """A method that sees one tensor at a time, so its memory is that of one tensor.
+
+    `select` decides from the header alone (so a dry run costs nothing): the scheme that a tensor
+    will be stored in, or None to copy it. `quantize` turns float32 [rows, columns] into integers
+    of the same shape (int8), scales and zero points; `ops.packing` stores them.
+    `check` returns the reasons why this checkpoint cannot be processed, before any work.
+    """
+
+    summary: str
+    config: type[Config]
+    check: Callable[[Any, Checkpoint], list[str]]
+    select: Callable[[Any, Checkpoint, TensorInfo], TensorScheme | None]
+    quantize: Callable[
+        [Any, torch.Tensor, TensorScheme], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+    ]
+
+
+Method = TensorMethod  # BlockMethod and ModelMethod join with their issues
+
+
+# --- targets and runtimes ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What `export` was asked for, beyond the target's name."""
+
+    opset: int | None = None
+    max_length: int | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """What a target wrote: the parts of `export.json` that only it knows."""
+
+    model_file: str
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    operators: dict[str, int]
+    minimum: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One file format. `supports` returns the reasons of a refusal; `lower` writes the files."""
+
+    summary: str
+    runtime: str
+    extra: str
+    supports: Callable[[Checkpoint, ExportOptions], list[str]]
+    lower: Callable[[Checkpoint, Path, ExportOptions, Reporter], Lowered]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a runtime opens a model. `threads=None`: all cores that this process may use."""
+
+    threads: int | None = None
+    spinning: bool = False
+    optimize: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """What a caller must know about an open model."""
+
+    runtime: str
+    output: str  # "logits" or "sentence_embedding"
+    labels: tuple[str, ...] = ()
+    max_length: int = 512
+    pooling: str = ""
+    activation: str = "none"
+
+
+class EncoderSession(Protocol):
+    """An open encoder; numpy in, numpy out. Rows are right-padded."""
+
+    info: SessionInfo
+
+    def logits(self, ids: Ids, mask: Ids) -> Floats:
+        """ids [B, S], mask [B, S] of 0/1 -> [B, C]: class logits, or unit-length embeddings."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Opens a folder. `extra` is the pip extra that brings its package ('' = core)."""
+
+    summary: str
+    extra: str
+    open: Callable[[Path, RunOptions], EncoderSession]
+
+
+# --- tasks -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A measured value with its 95 % interval over `n` rows; fractions, not percent."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a task measured. `rows` holds per-row values, for paired comparison of two models."""
+
+    primary: str
+    metrics: Mapping[str, Metric]
+    rows: Mapping[str, npt.NDArray[np.float64]]
+    predictions: Sequence[str] = ()
+    gold: Sequence[str] = ()
+    texts: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DataOptions:
+    """Which rows to read, and which columns hold what."""
+
+    path: Path
+    text_column: str = "text"
+    label_column: str = "label"
+    oos_label: str = "oos"
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One way to score a Session on a data folder's test split."""
+
+    summary: str
+    score: Callable[[EncoderSession, Tokenizer, DataOptions, int | None, Reporter], Scores]

@@ -1,0 +1,136 @@
+"""Every error that PocketGLM raises on purpose, and the exit code it ends with.
+
+PocketError
+├── GateError              1  a proof gate failed, or was inconclusive
+│   └── ParityError        1  an export does not compute what its checkpoint computes
+├── InputError             2  bad usage or input
+│   ├── UsageError            an option or a name
+│   ├── CheckpointError       a model folder
+│   ├── DataError             a data file (file and line)
+│   ├── PlanError             a compression plan (file and line)
+│   ├── UnsupportedError      a target or method refuses, with reasons
+│   └── OutputExistsError     the output folder holds something else
+├── MissingExtraError      3  an optional package is not installed
+└── WorkError              4  the work could not be done
+    ├── DiskFullError
+    ├── LockedError           another process writes the same output
+    └── MemoryCeilingError
+
+The rule of a message: what was wrong, with the value; `hint` says what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+
+class PocketError(Exception):
+    """Base of the tree. `message` says what was wrong, `hint` what to do next."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class GateError(PocketError):
+    exit_code = 1
+
+
+class ParityError(GateError):
+    pass
+
+
+class InputError(PocketError):
+    exit_code = 2
+
+
+class UsageError(InputError):
+    pass
+
+
+class CheckpointError(InputError):
+    pass
+
+
+class DataError(InputError):
+    """A data file that cannot be used; `line` counts from 1."""
+
+    def __init__(
+        self, message: str, hint: str = "", *, path: Path | None = None, line: int = 0
+    ) -> None:
+        where = f"{path}:{line}: " if path and line else f"{path}: " if path else ""
+        super().__init__(where + message, hint)
+
+
+class PlanError(InputError):
+    """A plan that cannot be run; `line` counts from 1."""
+
+    def __init__(
+        self, message: str, hint: str = "", *, path: Path | None = None, line: int = 0
+    ) -> None:
+        where = f"{path}:{line}: " if path and line else f"{path}: " if path else ""
+        super().__init__(where + message, hint)
+
+
+class UnsupportedError(InputError):
+    """A target or method refuses this checkpoint; every reason is listed."""
+
+    def __init__(self, message: str, reasons: Sequence[str], hint: str = "") -> None:
+        super().__init__("\n".join([message, *(f"  - {reason}" for reason in reasons)]), hint)
+        self.reasons = list(reasons)
+
+
+class OutputExistsError(InputError):
+    pass
+
+
+class MissingExtraError(PocketError):
+    exit_code = 3
+
+
+class WorkError(PocketError):
+    exit_code = 4
+
+
+class DiskFullError(WorkError):
+    pass
+
+
+class LockedError(WorkError):
+    pass
+
+
+class MemoryCeilingError(WorkError):
+    pass
+
+
+def nearest(value: str, known: Iterable[str]) -> str:
+    """'did you mean ...?' plus the known names; for the hint of an unknown name."""
+    names = sorted(known)
+    close = difflib.get_close_matches(value, names, n=1, cutoff=0.6)
+    guess = f"did you mean '{close[0]}'? " if close else ""
+    return f"{guess}known: {', '.join(names)}"
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional package, or say which pip command brings it.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise MissingExtraError(
+            f"this needs the package '{module}', which is not installed",
+            f"pip install 'pocketglm[{extra}]'",
+        ) from error

@@ -1,0 +1,1 @@
+"""L0: tokenizers and chat templates, torch-free."""

@@ -1,0 +1,119 @@
+"""A `tokenizer.json`, torch-free: text in, right-padded numpy ids and mask out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from pocketglm.artifacts.checkpoint import read_json
+from pocketglm.contracts import Ids
+from pocketglm.errors import CheckpointError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """ids and mask are [B, S] int64, padded on the right to the longest row.
+
+    truncated: rows that were longer than the limit. unknown: unknown tokens among `tokens`,
+    special tokens not counted.
+    """
+
+    ids: Ids
+    mask: Ids
+    truncated: int
+    unknown: int
+    tokens: int
+
+
+class Tokenizer:
+    """Wraps `tokenizers.Tokenizer`; padding and truncation stored in the file are ignored."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+        self.inner = inner
+        self.config = config
+        inner.no_padding()
+        inner.no_truncation()
+        self.pad_id = self._id("pad_token", "[PAD]", "<pad>") or 0
+        self.unk_id = self._id("unk_token", "[UNK]", "<unk>")
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Open the tokenizer of a model or export folder.
+
+        Raises:
+            CheckpointError: no tokenizer.json, or it cannot be read.
+        """
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise CheckpointError(
+                f"{folder} has no tokenizer.json",
+                "save a fast tokenizer there: transformers.AutoTokenizer.from_pretrained(...)"
+                f".save_pretrained('{folder}')",
+            )
+        try:
+            inner = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{file} cannot be read: {error}", "download it again") from error
+        config_file = folder / "tokenizer_config.json"
+        return cls(inner, read_json(config_file) if config_file.is_file() else {})
+
+    def _id(self, key: str, *usual: str) -> int | None:
+        value = self.config.get(key)
+        if isinstance(value, dict):
+            value = value.get("content")
+        for token in (value, *usual):
+            if isinstance(token, str) and (found := self.inner.token_to_id(token)) is not None:
+                return int(found)
+        return None
+
+    @property
+    def size(self) -> int:
+        """One more than the largest token id."""
+        return max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def encode(self, texts: Sequence[str], max_length: int) -> Encoded:
+        """Token ids with the model's special tokens, cut to `max_length`.
+
+        A cut row keeps its closing special token, as the tokenizer's own truncation does.
+        """
+        self.inner.enable_truncation(max_length)
+        try:
+            rows = self.inner.encode_batch(list(texts))
+        finally:
+            self.inner.no_truncation()
+        width = max((len(row.ids) for row in rows), default=0)
+        ids = np.full((len(rows), width), self.pad_id, np.int64)
+        mask = np.zeros((len(rows), width), np.int64)
+        unknown = tokens = 0
+        for index, row in enumerate(rows):
+            ids[index, : len(row.ids)] = row.ids
+            mask[index, : len(row.ids)] = 1
+            plain = [t for t, s in zip(row.ids, row.special_tokens_mask, strict=True) if not s]
+            # An unknown token carries the special flag in some files, so it is counted apart.
+            missing = 0 if self.unk_id is None else row.ids.count(self.unk_id)
+            unknown += missing
+            tokens += len([t for t in plain if t != self.unk_id]) + missing
+        truncated = sum(bool(row.overflowing) for row in rows)
+        return Encoded(ids, mask, truncated, unknown, tokens)
+
+    def check_vocabulary(self, vocab_size: int, folder: Path) -> None:
+        """Raises CheckpointError if the tokenizer can emit ids that the model has no row for."""
+        if self.size > vocab_size:
+            raise CheckpointError(
+                f"{folder}: the tokenizer's largest id is {self.size - 1}, the model's embedding "
+                f"has {vocab_size} rows",
+                "the tokenizer belongs to another model: copy the right tokenizer.json",
+            )

