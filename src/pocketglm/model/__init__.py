@@ -1,0 +1,1 @@
+"""L1: model definitions and their maps to and from Hugging Face folders."""

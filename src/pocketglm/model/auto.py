@@ -1,0 +1,114 @@
+"""Registers `model_type: pocketglm` with transformers; import it before `from_pretrained`.
+
+    import pocketglm.model.auto
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+
+The models wrap our `Encoder` and load through our reader, so quantized folders open too
+(dequantized). Only on demand: nothing else in the package imports transformers' model classes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
+
+from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.artifacts.manifest import Manifest
+from pocketglm.model.encoder import Encoder
+from pocketglm.model.hf import load_encoder, save_encoder
+
+
+class PocketGLMConfig(BertConfig):  # type: ignore[no-untyped-call]
+    """BERT's fields; `pooling` says how tokens are pooled."""
+
+    model_type = "pocketglm"
+    pooling: str = "mean"
+
+
+class PocketGLMModel(PreTrainedModel):  # type: ignore[no-untyped-call]
+    """The encoder without its head: hidden states, and their pooled vector."""
+
+    config_class = PocketGLMConfig
+    base_model_prefix = "encoder"
+
+    def __init__(self, config: PocketGLMConfig, encoder: Encoder, manifest: Manifest) -> None:
+        super().__init__(config)
+        self.encoder = encoder
+        self.manifest = manifest
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | Path, *_: Any, config: PocketGLMConfig | None = None, **kwargs: Any
+    ) -> PocketGLMModel:
+        """Open a folder (never a hub id). Of the keyword arguments, `config` and `dtype` count."""
+        ckpt = Checkpoint.open(path)
+        config = config or PocketGLMConfig.from_pretrained(path)
+        model = cls(config, load_encoder(ckpt), ckpt.manifest)
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        if isinstance(dtype, torch.dtype):
+            model.to(dtype)  # type: ignore[arg-type]
+        model.train(False)
+        return model
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *_: Any, **__: Any
+    ) -> None:
+        """Write the whole encoder, head included, as `save_encoder` does; without a tokenizer."""
+        names: Any = self.config.id2label
+        labels = [names[index] for index in range(self.encoder.spec.num_labels)]
+        save_encoder(
+            self.encoder, Path(save_directory), source=None, labels=labels, manifest=self.manifest
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        """input_ids [B, S] right-padded -> last_hidden_state [B, S, H], pooler_output [B, H]."""
+        mask = _mask(input_ids, attention_mask, token_type_ids)
+        hidden = self.encoder.hidden(input_ids, mask)
+        pooled = self.encoder.pool(hidden, mask)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+
+
+class PocketGLMForSequenceClassification(PocketGLMModel):  # type: ignore[no-untyped-call]
+    """The encoder with its classifier; `labels` int64 [B] gives a cross-entropy loss."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        """input_ids [B, S] right-padded -> logits float32 [B, C]."""
+        logits = self.encoder(input_ids, _mask(input_ids, attention_mask, token_type_ids))
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def _mask(ids: Tensor, mask: Tensor | None, types: Tensor | None) -> Tensor:
+    if types is not None and bool(types.any()):
+        raise ValueError("pairs of texts (token type 1) are not supported: pass single texts")
+    return torch.ones_like(ids) if mask is None else mask
+
+
+AutoConfig.register(PocketGLMConfig.model_type, PocketGLMConfig)
+AutoModel.register(PocketGLMConfig, PocketGLMModel)
+AutoModelForSequenceClassification.register(PocketGLMConfig, PocketGLMForSequenceClassification)

@@ -1,0 +1,187 @@
+"""Quantized weights in a checkpoint: which tensors hold them, and reading them back.
+
+Layout of the compressed-tensors formats for a weight `X.weight` [N, K] with G scales per row:
+
+    INT8, int-quantized    X.weight I8 [N, K], X.weight_scale BF16 [N, G],
+                           X.weight_zero_point I8 [N, G] if asymmetric
+    INT4, pack-quantized   X.weight_packed I32 [N, ceil(K / 8)], X.weight_scale BF16 [N, G],
+                           X.weight_shape I64 [2],
+                           X.weight_zero_point I32 [ceil(N / 8), G] if asymmetric
+
+Asymmetric INT4 has F32 scales (the same values): transformers opens it with `dequantize=True` only,
+which computes in the scale's type and would round the weights to bf16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.errors import CheckpointError
+from pocketglm.ops.affine import dequantize
+from pocketglm.ops.packing import pack_int32, unpack_int32
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+_PRECISIONS = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+_PARTS = ("packed", "scale", "zero_point", "shape")
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """One stored weight: q int8 [N, K], scales float32 [N, G], zero points int8 [N, G] or None."""
+
+    q: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+    scheme: TensorScheme
+
+    def dequantized(self) -> torch.Tensor:
+        """float32 [N, K]."""
+        return dequantize(self.q, self.scales, self.zero_points, self.scheme)
+
+
+def as_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+    """A torch tensor over a numpy array's memory; knows ml_dtypes' bfloat16."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def as_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """Inverse of `as_tensor`."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return np.ascontiguousarray(tensor.numpy())
+
+
+def stored_layout(
+    name: str, shape: tuple[int, ...], scheme: TensorScheme | None, dtype: str
+) -> Layout:
+    """The tensors (name -> safetensors dtype, shape) that hold weight `name`, in file order.
+
+    `dtype` is that of the unquantized weight, kept where `scheme` is None.
+    """
+    if scheme is None:
+        return {name: (dtype, shape)}
+    rows, columns = shape
+    scales = (rows, scheme.groups(columns))
+    if scheme.bits == 8:
+        layout: Layout = {name: ("I8", shape), f"{name}_scale": ("BF16", scales)}
+        if not scheme.symmetric:
+            layout[f"{name}_zero_point"] = ("I8", scales)
+        return layout
+    layout = {
+        f"{name}_packed": ("I32", (rows, -(-columns // 8))),
+        f"{name}_scale": ("BF16" if scheme.symmetric else "F32", scales),
+    }
+    if not scheme.symmetric:
+        layout[f"{name}_zero_point"] = ("I32", (-(-rows // 8), scales[1]))
+    return layout | {f"{name}_shape": ("I64", (2,))}
+
+
+def store(
+    name: str,
+    q: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    scheme: TensorScheme,
+) -> dict[str, npt.NDArray[Any]]:
+    """Arrays of `stored_layout` for q int8 [N, K], scales [N, G], zero points int8 [N, G]."""
+    bf16 = scheme.bits == 8 or scheme.symmetric
+    scale = as_array(scales.to(torch.bfloat16 if bf16 else torch.float32))
+    if scheme.bits == 8:
+        arrays = {name: as_array(q), f"{name}_scale": scale}
+        if zero_points is not None:
+            arrays[f"{name}_zero_point"] = as_array(zero_points)
+        return arrays
+    arrays = {f"{name}_packed": pack_int32(q), f"{name}_scale": scale}
+    if zero_points is not None:  # packed along the rows
+        arrays[f"{name}_zero_point"] = np.ascontiguousarray(pack_int32(zero_points.T).T)
+    return arrays | {f"{name}_shape": np.array(q.shape, np.int64)}
+
+
+def read_quantized(ckpt: Checkpoint, name: str) -> Quantized:
+    """The integers of weight `name`.
+
+    Raises:
+        CheckpointError: it is not quantized, or its tensors are missing or have other shapes than
+            its scheme says.
+    """
+    scheme = ckpt.manifest.schemes.get(name)
+    if scheme is None:
+        raise CheckpointError(f"{ckpt.path}: '{name}' is not quantized")
+    shape = _shape(ckpt, name, scheme)
+    for part, (dtype, expected) in stored_layout(name, shape, scheme, "").items():
+        info = ckpt.tensors.get(part)
+        found = (info.dtype, info.shape) if info else None
+        if found != (dtype, expected):
+            raise CheckpointError(
+                f"{ckpt.path}: '{part}' should be {dtype} {list(expected)}, "
+                + (f"it is {found[0]} {list(found[1])}" if found else "it is missing"),
+                "the folder is from another version or incomplete: compress the model again",
+            )
+    rows, columns = shape
+    scales = as_tensor(ckpt.read(f"{name}_scale")).float()
+    zero_points = None if scheme.symmetric else ckpt.read(f"{name}_zero_point")
+    if scheme.bits == 8:
+        zero = None if zero_points is None else as_tensor(zero_points)
+        return Quantized(as_tensor(ckpt.read(name)), scales, zero, scheme)
+    zero = None if zero_points is None else unpack_int32(zero_points.T, rows).T.contiguous()
+    return Quantized(unpack_int32(ckpt.read(f"{name}_packed"), columns), scales, zero, scheme)
+
+
+def read_weight(ckpt: Checkpoint, name: str) -> torch.Tensor:
+    """Tensor `name` as float32, dequantized if the manifest says that it is quantized.
+
+    Raises:
+        CheckpointError: no such tensor, or integers without a scheme (quantized elsewhere).
+    """
+    if name in ckpt.manifest.schemes:
+        return read_quantized(ckpt, name).dequantized()
+    array = ckpt.read(name)
+    if ckpt.tensors[name].dtype not in _PRECISIONS:
+        raise CheckpointError(
+            f"{ckpt.path}: '{name}' is stored as {ckpt.tensors[name].dtype} without a scheme",
+            "it was quantized by another tool: start from the model's float weights",
+        )
+    return as_tensor(array).float()
+
+
+def precision_of(ckpt: Checkpoint) -> str:
+    """'int8', 'int4' or 'mixed' after quantization, else the type of most values, e.g. 'fp32'."""
+    bits = {scheme.bits for scheme in ckpt.manifest.schemes.values()}
+    if bits:
+        return "mixed" if len(bits) > 1 else f"int{bits.pop()}"
+    sizes: Counter[str] = Counter()
+    for info in ckpt.tensors.values():
+        sizes[info.dtype] += info.size
+    dtype = sizes.most_common(1)[0][0] if sizes else "F32"
+    return _PRECISIONS.get(dtype, dtype.lower())
+
+
+def parameter_counts(ckpt: Checkpoint) -> dict[str, int]:
+    """How many values each unquantized tensor or quantized weight stands for."""
+    schemes = ckpt.manifest.schemes
+    parts = {f"{name}_{part}" for name in schemes for part in _PARTS}
+    counts = {n: i.size for n, i in ckpt.tensors.items() if n not in parts and n not in schemes}
+    return counts | {name: math.prod(_shape(ckpt, name, s)) for name, s in schemes.items()}
+
+
+def _shape(ckpt: Checkpoint, name: str, scheme: TensorScheme) -> tuple[int, int]:
+    """[N, K] of a quantized weight, from the headers (and weight_shape where it is packed)."""
+    if scheme.bits == 8:
+        shape = ckpt.tensors[name].shape if name in ckpt.tensors else ()
+    else:
+        shape = tuple(int(n) for n in ckpt.read(f"{name}_shape"))
+    if len(shape) != 2:
+        raise CheckpointError(f"{ckpt.path}: '{name}' has no stored [N, K] integers")
+    return shape[0], shape[1]
