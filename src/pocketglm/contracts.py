@@ -68,7 +68,7 @@ class TensorMethod:
 
     `select` decides from the header alone (so a dry run costs nothing): the scheme that a tensor
     will be stored in, or None to copy it. `quantize` turns float32 [rows, columns] into integers
-    of the same shape (int8), scales and zero points; `ops.packing` stores them.
+    of the same shape (int8), scales and zero points; `ops.stored` stores them.
     `check` returns the reasons why this checkpoint cannot be processed, before any work.
     """
 
@@ -105,17 +105,25 @@ class Lowered:
     outputs: list[dict[str, Any]]
     operators: dict[str, int]
     minimum: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, int] = field(default_factory=dict)  # bytes of the weights by part of the model
+    activation: str = "none"  # the form in which the file quantizes the linear layers' inputs
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One file format. `supports` returns the reasons of a refusal; `lower` writes the files."""
+    """One file format. `supports` returns the reasons of a refusal; `lower` writes the files.
+
+    `blocks` runs the written file with activation quantization off, for parity: model file, ids
+    and mask [B, S] -> the values that the encoder's parts end with, [B, S, H] or [B, C]:
+    `embeddings`, `block.0`, `block.1`, ... and `head`.
+    """
 
     summary: str
     runtime: str
     extra: str
     supports: Callable[[Checkpoint, ExportOptions], list[str]]
     lower: Callable[[Checkpoint, Path, ExportOptions, Reporter], Lowered]
+    blocks: Callable[[Path, Ids, Ids], dict[str, Floats]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ class PlanError(InputError):
 class UnsupportedError(InputError):
     """A target or method refuses this checkpoint; every reason is listed."""
 
-    def __init__(self, message: str, reasons: Sequence[str], hint: str = "") -> None:
+    def __init__(self, message: str, reasons: Sequence[str] = (), hint: str = "") -> None:
         super().__init__("\n".join([message, *(f"  - {reason}" for reason in reasons)]), hint)
         self.reasons = list(reasons)
 

@@ -49,7 +49,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} does not exist", "is this a model folder?") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}", "download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} should hold a JSON object, not {type(value).__name__}")
@@ -136,6 +136,9 @@ def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
         if not isinstance(shards, dict) or not shards:
             raise CheckpointError(f"{index[0]} has no weight_map", "download it again")
         files = sorted({folder / str(name) for name in shards.values()})
+        for file in files:
+            if file.parent != folder:
+                raise CheckpointError(f"{index[0]} names a shard outside of the folder: {file}")
     else:
         files = sorted(folder.glob("*.safetensors"))
         if len(files) > 1 and (folder / "model.safetensors").is_file():

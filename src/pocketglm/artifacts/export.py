@@ -19,7 +19,9 @@ class Parity(Config):
     """Worst difference between checkpoint and file, over `n` rows of sample input.
 
     `blocks` is the worst absolute difference of each block, activation quantization off;
-    `output` the whole model's, activation quantization as shipped.
+    `output` the whole model's, activation quantization as shipped. `optimizer_max_abs` compares
+    the runtime's graph optimizer on and off. `agreement`: share of rows with the same label, or
+    the smallest cosine of two embeddings.
     """
 
     scope: Literal["whole", "blocks"]
@@ -28,6 +30,7 @@ class Parity(Config):
     output_std: float
     tolerance: float
     agreement: float
+    optimizer_max_abs: float = 0.0
     blocks: dict[str, float] = {}
 
 
@@ -37,7 +40,11 @@ class FileEntry(Config):
 
 
 class ExportManifest(Config):
-    """`kind`: encoder or decoder. `output`: the name of the graph's result."""
+    """`kind`: encoder or decoder. `output`: the name of the graph's result.
+
+    `parameters`: bytes of the weights in `model_file` by part: embedding, attention, ffn, ...
+    `max_length`: where texts are cut; the file computes no longer rows.
+    """
 
     format: Literal[1] = 1
     request: str = ""
@@ -52,6 +59,7 @@ class ExportManifest(Config):
     labels: list[str] = []
     pooling: str = ""
     max_length: int
+    vocab_size: int = 0
     activation: str = "none"
     task: str | None = None
     schemes: dict[str, TensorScheme] = {}
@@ -78,7 +86,7 @@ def read_export(folder: Path) -> ExportManifest:
     file = folder / EXPORT
     try:
         return ExportManifest.model_validate_json(file.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{folder} is not an export: it has no {EXPORT}",
             "make one with: pocketglm export CKPT --target onnx --out DIR",

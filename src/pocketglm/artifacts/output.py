@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pocketglm.errors import DiskFullError, LockedError, OutputExistsError, UsageError
@@ -56,7 +56,7 @@ def is_done(out: Path, request: str, force: bool) -> bool:
 
 @contextmanager
 def output_folder(out: Path, request: str, force: bool = False) -> Iterator[Path]:
-    """Yields the partial folder of `out`; on success it becomes `out`.
+    """Yields the partial folder of `out`; on success it becomes `out`, replacing what is there.
 
     The body writes its files there, finding what an interrupted run of the same request left.
     The body's manifest must record `request`. On an error the partial folder stays for a resume
@@ -64,20 +64,24 @@ def output_folder(out: Path, request: str, force: bool = False) -> Iterator[Path
 
     Raises:
         LockedError: another process is writing the same output.
-        OutputExistsError: unfinished work of another request is there, and `force` is not set.
+        OutputExistsError: the work, or unfinished work, of another request is there, and `force`
+            is not set.
         DiskFullError: no space left.
     """
+    if out.name in ("", ".."):
+        raise UsageError(f"'{out}' cannot be an output folder", "give --out a new folder's name")
     partial = out.with_name(out.name + ".partial")
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         handle = _lock(partial)
         try:
+            is_done(out, request, force)  # another writer may have finished since
             _claim(partial, request, force)
-            try:
-                yield partial
-            except BaseException:
-                _drop_if_empty(partial)
-                raise
+            yield partial
+        except BaseException:
+            _drop_if_empty(partial)
+            raise
+        else:
             _commit(partial, out)
         finally:
             os.close(handle)
@@ -87,20 +91,21 @@ def _lock(partial: Path) -> int:
     """An fd that holds the lock of the folder that `partial` names now."""
     while True:
         partial.mkdir(exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        # Another writer may finish, and rename the folder, between any two of these lines.
+        with suppress(FileNotFoundError):
+            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(handle), os.stat(partial)):
+                    return handle
+            except BlockingIOError as error:
+                os.close(handle)
+                raise LockedError(
+                    f"another process is writing {partial}", "wait for it, or choose another --out"
+                ) from error
+            except FileNotFoundError:
+                pass
             os.close(handle)
-            raise LockedError(
-                f"another process is writing {partial}", "wait for it, or choose another --out"
-            ) from error
-        try:
-            if os.path.samestat(os.fstat(handle), os.stat(partial)):
-                return handle
-        except FileNotFoundError:
-            pass  # the other writer finished and renamed it between our open and our lock
-        os.close(handle)
 
 
 def _claim(partial: Path, request: str, force: bool) -> None:
@@ -115,17 +120,21 @@ def _claim(partial: Path, request: str, force: bool) -> None:
             f"{partial} holds unfinished work of another command",
             "run that command again to finish it, or add --force to discard it",
         )
-    if owner != request or force:
+    if owner != request:
         _empty(partial)
         marker.write_text(request)
 
 
 def _empty(folder: Path) -> None:
     for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _drop_if_empty(partial: Path) -> None:
@@ -134,18 +143,17 @@ def _drop_if_empty(partial: Path) -> None:
 
 
 def _commit(partial: Path, out: Path) -> None:
-    (partial / REQUEST).unlink()
     _sync(partial)
     if os.path.lexists(out):
         # Nothing is lost on a crash here: the old folder is still there under another name.
         old = out.with_name(out.name + ".replaced")
-        if old.exists():
-            shutil.rmtree(old)
+        _remove(old)
         os.rename(out, old)
         os.rename(partial, out)
-        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        _remove(old)
     else:
         os.rename(partial, out)
+    (out / REQUEST).unlink()  # only now: a crash before the rename leaves work that can resume
     _sync(out.parent)
 
 
@@ -168,10 +176,11 @@ def disk_errors(out: Path) -> Iterator[None]:
                 f"no space left on the disk of {out}",
                 "free some space and run the same command again: it resumes",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UsageError(f"cannot write {out}: {error.strerror}", "choose another --out") from (
-                error
-            )
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise UsageError(
+                f"{error.filename or out}: {error.strerror}",
+                "check its owner and mode, or choose another --out",
+            ) from error
         raise
 
 

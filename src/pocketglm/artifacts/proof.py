@@ -91,7 +91,7 @@ def read_proof(folder: Path) -> Proof:
     file = folder / PROOF
     try:
         return Proof.model_validate_json(file.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{folder} has no {PROOF}", "make one with: pocketglm prove") from (
             error
         )

@@ -7,6 +7,7 @@ Spec: https://github.com/huggingface/safetensors (README, "Format").
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -50,7 +51,7 @@ class TensorInfo:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -79,23 +80,41 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             header = json.loads(stream.read(length))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise CheckpointError(f"{file} does not exist", "check the model folder") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{file} is corrupt: its header is not JSON ({error})", _HINT) from (
             error
         )
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} is corrupt: its header is not a JSON object", _HINT)
     header.pop("__metadata__", None)
-    return {
+    infos = {
         name: _entry(file, name, entry, 8 + length, total - 8 - length)
         for name, entry in header.items()
     }
+    _check_cover(file, infos, 8 + length, total)
+    return infos
+
+
+def _check_cover(file: Path, infos: dict[str, TensorInfo], start: int, total: int) -> None:
+    """The format allows no overlaps, no holes and nothing behind the last tensor."""
+    for info in sorted(infos.values(), key=lambda info: (info.offset, info.nbytes)):
+        if info.offset != start:
+            raise CheckpointError(
+                f"{file} is corrupt: tensor '{info.name}' starts at byte {info.offset} and the "
+                f"one before it ends at {start}",
+                _HINT,
+            )
+        start += info.nbytes
+    if start != total:
+        raise CheckpointError(
+            f"{file} is corrupt: its tensors end at byte {start}, the file has {total}", _HINT
+        )
 
 
 def _entry(file: Path, name: str, entry: Any, start: int, available: int) -> TensorInfo:
     try:
-        dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
+        dtype, shape = str(entry["dtype"]), tuple(_count(n) for n in entry["shape"])
+        begin, end = (_count(n) for n in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} is corrupt: bad header entry for '{name}'", _HINT) from error
     if dtype not in DTYPES:
@@ -104,7 +123,7 @@ def _entry(file: Path, name: str, entry: Any, start: int, available: int) -> Ten
             f"convert it to one of {', '.join(DTYPES)}",
         )
     info = TensorInfo(name, dtype, shape, file, start + begin)
-    if begin < 0 or end - begin != info.nbytes:
+    if end - begin != info.nbytes:
         raise CheckpointError(
             f"{file} is corrupt: tensor '{name}' of shape {list(shape)} and dtype {dtype} needs "
             f"{info.nbytes} bytes, the header gives {end - begin}",
@@ -119,6 +138,13 @@ def _entry(file: Path, name: str, entry: Any, start: int, available: int) -> Ten
     return info
 
 
+def _count(value: Any) -> int:
+    """A size or offset of the header; int() would also take "3" and 2.7."""
+    if type(value) is not int or value < 0:
+        raise ValueError(value)
+    return value
+
+
 def read(info: TensorInfo, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
     """Rows `start:stop` of the first axis (all of a scalar) as a fresh array.
 
@@ -130,7 +156,7 @@ def read(info: TensorInfo, start: int = 0, stop: int | None = None) -> npt.NDArr
     else:
         start, stop, _ = slice(start, stop).indices(info.shape[0])
         shape = (max(stop - start, 0), *info.shape[1:])
-        offset = info.offset + start * int(np.prod(info.shape[1:], dtype=np.int64)) * dtype.itemsize
+        offset = info.offset + start * math.prod(info.shape[1:]) * dtype.itemsize
     out = np.empty(shape, dtype)
     view = out.reshape(-1).view(np.uint8).data if out.size else memoryview(b"")
     with info.file.open("rb", buffering=0) as stream:
@@ -145,9 +171,10 @@ def read(info: TensorInfo, start: int = 0, stop: int | None = None) -> npt.NDArr
 
 
 class Writer:
-    """Writes one file in the order of `layout`, a chunk at a time; the header comes first.
+    """Writes one file a chunk at a time; the header lists the tensors in the order of `layout`.
 
     The bytes depend on the layout and the data alone, so the same model gives the same file.
+    Wide dtypes lie first, so that every tensor is aligned and readers can map it as it is.
     """
 
     def __init__(
@@ -155,8 +182,10 @@ class Writer:
     ) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": format}}
         position = 0
-        for name, (dtype, shape) in layout.items():
-            nbytes = int(np.prod(shape, dtype=np.int64)) * DTYPES[dtype].itemsize
+        header.update({name: {} for name in layout})
+        for name in sorted(layout, key=lambda name: -DTYPES[layout[name][0]].itemsize):
+            dtype, shape = layout[name]
+            nbytes = math.prod(shape) * DTYPES[dtype].itemsize
             header[name] = {
                 "dtype": dtype,
                 "shape": list(shape),
@@ -188,9 +217,9 @@ class Writer:
     def close(self) -> None:
         """Flush to disk; every tensor must be complete."""
         missing = [n for n, (b, e) in self._spans.items() if self._at[n] != e - b]
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
         if missing:
             raise ValueError(f"incomplete tensors: {', '.join(missing)}")
 

@@ -126,7 +126,10 @@ class RunResult(Config):
 
 
 class BenchResult(Config):
-    """Latencies in milliseconds, memory in bytes (peak RSS of a fresh process)."""
+    """Latencies in milliseconds, memory in bytes (peak RSS of a fresh process).
+
+    The p50 of the first and the last third is told under sustained load (`--duration`) only.
+    """
 
     path: str
     runtime: str
@@ -142,6 +145,8 @@ class BenchResult(Config):
     peak_rss_bytes: int
     size_bytes: int
     device: dict[str, str]
+    first_third_p50_ms: float | None = None
+    last_third_p50_ms: float | None = None
 
 
 class ProveResult(Config):

@@ -16,7 +16,6 @@ class TensorScheme(Config):
 
     bits: 4 or 8. group_size: columns that share a scale, None = the whole row (per channel).
     activation: the form in which a runtime may quantize this layer's input.
-    portable: scales are bf16 values inside fp16's normal range (the canonical rule).
     """
 
     bits: Literal[4, 8]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ def read_template(folder: Path) -> str | None:
     config = folder / "tokenizer_config.json"
     value = read_json(config).get("chat_template") if config.is_file() else None
     if isinstance(value, list):  # several named templates: the default one
-        value = next((t.get("template") for t in value if t.get("name") == "default"), None)
+        named = [t for t in value if isinstance(t, dict)]
+        value = next((t.get("template") for t in named if t.get("name") == "default"), None)
     return value if isinstance(value, str) else None
 
 
@@ -32,23 +35,38 @@ def render(
 ) -> str:
     """The prompt text of a conversation. Runs sandboxed: a template is data from a download.
 
+    `names` are the template's other variables: bos_token, eos_token, tools, enable_thinking...
+    Filters and functions are those that transformers gives a template.
+
     Raises:
         CheckpointError: the template does not parse or refuses the messages.
     """
 
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = _tojson
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    names = {"tools": None, "documents": None, **names}
     try:
         return environment.from_string(template).render(
             messages=list(messages), add_generation_prompt=add_generation_prompt, **names
         )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is a program: 1/0, a missing key, endless recursion
         raise CheckpointError(
             f"the chat template fails to render: {error}",
             "fix chat_template in tokenizer_config.json, or pass the prompt with --raw",
         ) from error
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """Unlike jinja2's own, escapes no HTML: the model was trained on plain JSON."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)

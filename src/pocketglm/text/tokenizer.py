@@ -12,7 +12,7 @@ import tokenizers
 
 from pocketglm.artifacts.checkpoint import read_json
 from pocketglm.contracts import Ids
-from pocketglm.errors import CheckpointError
+from pocketglm.errors import CheckpointError, DataError, UsageError
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -88,10 +88,26 @@ class Tokenizer:
         """Token ids with the model's special tokens, cut to `max_length`.
 
         A cut row keeps its closing special token, as the tokenizer's own truncation does.
+
+        Raises:
+            UsageError: `max_length` leaves no room for a token of text.
+            DataError: a text is not Unicode.
         """
+        special = self.inner.num_special_tokens_to_add(is_pair=False)
+        if max_length <= special:
+            raise UsageError(
+                f"max_length {max_length} leaves no room for text: the tokenizer adds {special} "
+                "special tokens",
+                f"use a max_length of at least {special + 1}",
+            )
         self.inner.enable_truncation(max_length)
         try:
             rows = self.inner.encode_batch(list(texts))
+        except TypeError as error:  # what the library makes of half a surrogate pair
+            bad = next((ascii(t) for t in texts if not _is_unicode(t)), "")
+            raise DataError(
+                f"a text is not valid Unicode: {bad[:80]}", "save it as UTF-8 and try again"
+            ) from error
         finally:
             self.inner.no_truncation()
         width = max((len(row.ids) for row in rows), default=0)
@@ -102,10 +118,8 @@ class Tokenizer:
             ids[index, : len(row.ids)] = row.ids
             mask[index, : len(row.ids)] = 1
             plain = [t for t, s in zip(row.ids, row.special_tokens_mask, strict=True) if not s]
-            # An unknown token carries the special flag in some files, so it is counted apart.
-            missing = 0 if self.unk_id is None else row.ids.count(self.unk_id)
-            unknown += missing
-            tokens += len([t for t in plain if t != self.unk_id]) + missing
+            unknown += sum(token == self.unk_id for token in plain)
+            tokens += len(plain)
         truncated = sum(bool(row.overflowing) for row in rows)
         return Encoded(ids, mask, truncated, unknown, tokens)
 
@@ -117,3 +131,7 @@ class Tokenizer:
                 f"has {vocab_size} rows",
                 "the tokenizer belongs to another model: copy the right tokenizer.json",
             )
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)

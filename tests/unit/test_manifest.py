@@ -1,0 +1,152 @@
+"""`pocketglm.json`, the scheme of a weight, and digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pocketglm import __version__
+from pocketglm.artifacts.manifest import (
+    MANIFEST,
+    Manifest,
+    Step,
+    digest_file,
+    digest_files,
+    digest_value,
+    read_manifest,
+    tool_versions,
+    write_json,
+)
+from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.errors import CheckpointError
+
+
+def full() -> Manifest:
+    return Manifest(
+        request="r" * 64,
+        task="intent",
+        max_length=64,
+        lineage=[
+            Step(method="train", settings={"epochs": 2}, seed=7, effect={"accuracy": 0.954}),
+            Step(method="quantize_rtn", parent="d" * 64, versions=tool_versions("numpy")),
+        ],
+        schemes={
+            "encoder.layer.0.attention.self.query.weight": TensorScheme(bits=4, group_size=32)
+        },
+    )
+
+
+def test_round_trip_and_same_bytes(tmp_path: Path) -> None:
+    file = tmp_path / MANIFEST
+    write_json(file, full())
+    first = file.read_bytes()
+    assert read_manifest(tmp_path) == full()
+    write_json(file, read_manifest(tmp_path))
+    assert file.read_bytes() == first
+    assert first.endswith(b"}\n")
+
+
+def test_a_plain_folder_has_an_empty_manifest(tmp_path: Path) -> None:
+    assert read_manifest(tmp_path) == Manifest()
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("{", "top level"),
+        ("[]", "top level"),
+        ('{"format": 2}', "format"),
+        ('{"surprise": 1}', "surprise"),
+        ('{"schemes": {"a.weight": {"bits": 3}}}', "schemes.a.weight.bits"),
+        ('{"lineage": [{"settings": {}}]}', "lineage.0.method"),
+    ],
+)
+def test_a_manifest_of_another_version_says_where(tmp_path: Path, text: str, where: str) -> None:
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match=f"{MANIFEST} is not a manifest") as caught:
+        read_manifest(tmp_path)
+    assert f": {where}: " in caught.value.message
+    assert "pip install -U pocketglm" in caught.value.hint
+
+
+def test_write_json_takes_mappings_and_keeps_chinese_readable(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    write_json(file, {"text": "打开地图"})
+    assert "打开地图" in file.read_text(encoding="utf-8")
+    assert json.loads(file.read_bytes()) == {"text": "打开地图"}
+
+
+def test_tool_versions_are_the_installed_ones() -> None:
+    found = tool_versions("numpy")
+    assert found["pocketglm"] == __version__
+    assert found["numpy"] == numpy.__version__
+    assert found["python"].startswith("3.")
+
+
+# --- digests ------------------------------------------------------------------------------------
+
+
+def test_digest_of_a_value_ignores_key_order_only() -> None:
+    assert digest_value({"a": 1, "b": [1, 2]}) == digest_value({"b": [1, 2], "a": 1})
+    assert digest_value({"b": [1, 2]}) != digest_value({"b": [2, 1]})
+    assert digest_value({"p": Path("x")}) == digest_value({"p": "x"})
+    assert digest_value([1, 2]) == hashlib.sha256(b"[1,2]").hexdigest()
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+
+
+@given(json_values, json_values)
+def test_digests_differ_where_values_do(a: object, b: object) -> None:
+    equal = json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+    assert (digest_value(a) == digest_value(b)) == equal
+
+
+def test_digest_of_files_covers_names_contents_and_follows_links(tmp_path: Path) -> None:
+    blob, folder = tmp_path / "blob", tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    blob.write_bytes(b"weights")
+    (folder / "model").symlink_to(blob)
+    (folder / "sub" / "config").write_bytes(b"{}")
+    files = [folder / "model", folder / "sub" / "config"]
+    before = digest_files(folder, files)
+    assert digest_file(folder / "model") == hashlib.sha256(b"weights").hexdigest()
+    assert digest_files(folder, reversed(files)) == before
+
+    (folder / "model").unlink()
+    (folder / "model").write_bytes(b"weights")  # as a file instead of a link: the same content
+    assert digest_files(folder, files) == before
+    (folder / "model").write_bytes(b"weightz")
+    assert digest_files(folder, files) != before
+    (folder / "model").write_bytes(b"weights")
+    renamed = (folder / "model").rename(folder / "model2")
+    assert digest_files(folder, [renamed, files[1]]) != before
+
+
+# --- scheme -------------------------------------------------------------------------------------
+
+
+def test_scheme_counts_groups_and_bytes() -> None:
+    channel = TensorScheme(bits=8)
+    grouped = TensorScheme(bits=4, group_size=32, symmetric=False)
+    assert channel.groups(384) == 1
+    assert channel.nbytes(10, 384) == 10 * 384 + 10 * 2
+    assert grouped.groups(384) == 12
+    assert grouped.nbytes(10, 384) == 10 * 192 + 10 * 12 * 2 + 10 * 12
+
+
+@pytest.mark.parametrize("group", [0, -32])
+def test_scheme_refuses_a_group_without_columns(group: int) -> None:
+    with pytest.raises(ValidationError, match=f"group_size must be positive, got {group}"):
+        TensorScheme(bits=4, group_size=group)

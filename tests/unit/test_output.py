@@ -1,0 +1,414 @@
+"""Output folders: whole or not there, through errors, Ctrl-C, `kill -9`, races and full disks."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocketglm.artifacts.output import (
+    REQUEST,
+    is_done,
+    output_folder,
+    request_of,
+)
+from pocketglm.errors import (
+    DataError,
+    LockedError,
+    OutputExistsError,
+    UsageError,
+)
+
+# A writer in its own process: writes `part`, then waits to be told on, or to be killed.
+CHILD = """
+import sys
+from pathlib import Path
+from pocketglm.artifacts.output import output_folder
+with output_folder(Path(sys.argv[1]), sys.argv[2], force="--force" in sys.argv) as partial:
+    (partial / "part").write_text("half of the work")
+    print("writing", flush=True)
+    sys.stdin.readline()
+    (partial / "pocketglm.json").write_text('{"request": "%s"}' % sys.argv[2])
+"""
+
+
+def finish(partial: Path, request: str, text: str = "work") -> None:
+    (partial / "result").write_text(text)
+    (partial / "pocketglm.json").write_text(f'{{"request": "{request}"}}')
+
+
+def make(out: Path, request: str, text: str = "work", force: bool = False) -> None:
+    with output_folder(out, request, force) as partial:
+        finish(partial, request, text)
+
+
+def break_off(out: Path, request: str, error: BaseException, force: bool = False) -> None:
+    """Half of the work, then an error."""
+    with output_folder(out, request, force) as partial:
+        (partial / "part").write_text("half")
+        raise error
+
+
+def names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "out"
+
+
+@pytest.fixture
+def partial(out: Path) -> Path:
+    return out.with_name("out.partial")
+
+
+@pytest.fixture
+def child() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*args: object) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", CHILD, *map(str, args)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_until_writing(process: subprocess.Popen[str]) -> None:
+    stdout: Any = process.stdout
+    assert stdout.readline() == "writing\n", process.communicate()[1]
+
+
+# --- the normal way -----------------------------------------------------------------------------
+
+
+def test_nothing_is_at_out_until_the_end(out: Path, partial: Path) -> None:
+    with output_folder(out, "r") as folder:
+        assert folder == partial
+        finish(folder, "r")
+        assert not out.exists()
+    assert names(out) == {"result", "pocketglm.json"}
+    assert names(out.parent) == {"out"}
+
+
+def test_finished_work_is_recognised(out: Path) -> None:
+    assert not is_done(out, "r", force=False)
+    make(out, "r")
+    assert is_done(out, "r", force=False)
+    assert not is_done(out, "r", force=True)
+    assert request_of(out) == "r"
+
+
+@pytest.mark.parametrize("name", ["pocketglm.json", "export.json", "proof.json"])
+def test_each_artifact_records_its_request(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"request": "r"}')
+    assert is_done(tmp_path, "r", force=False)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"request": ""}'])
+def test_a_folder_without_a_request_is_not_ours(tmp_path: Path, text: str) -> None:
+    (tmp_path / "export.json").write_text(text)
+    assert request_of(tmp_path) is None
+    with pytest.raises(OutputExistsError):
+        is_done(tmp_path, "r", force=False)
+
+
+def test_an_empty_folder_may_be_filled(out: Path) -> None:
+    out.mkdir(parents=True)
+    assert not is_done(out, "r", force=False)
+    make(out, "r")
+    assert is_done(out, "r", force=False)
+
+
+def test_something_else_is_refused_and_kept(out: Path) -> None:
+    make(out, "theirs", "precious")
+    for action in (lambda: is_done(out, "r", False), lambda: make(out, "r")):
+        with pytest.raises(OutputExistsError, match="was not made by this command") as caught:
+            action()
+        assert "--force" in caught.value.hint
+    assert (out / "result").read_text() == "precious"
+    assert names(out.parent) == {"out"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "dangling link"])
+def test_force_replaces_whatever_is_there(out: Path, tmp_path: Path, kind: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("not ours")
+    out.parent.mkdir()
+    if kind == "folder":
+        make(out, "theirs")
+    elif kind == "file":
+        out.write_text("a file")
+    else:
+        out.symlink_to(elsewhere if kind == "link" else tmp_path / "nowhere")
+    with pytest.raises(OutputExistsError):
+        is_done(out, "r", force=False)
+    assert not is_done(out, "r", force=True)
+    make(out, "r", force=True)
+    assert not out.is_symlink()
+    assert is_done(out, "r", force=False)
+    assert names(out.parent) == {"out"}
+    assert (elsewhere / "precious").exists()
+
+
+@pytest.mark.parametrize("name", [".", "..", "x/.."])
+def test_out_must_have_a_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="cannot be an output folder"):
+        make(Path(name), "r")
+
+
+# --- errors and interruptions -------------------------------------------------------------------
+
+
+def test_an_error_before_anything_is_written_leaves_nothing(out: Path) -> None:
+    with pytest.raises(DataError), output_folder(out, "r"):
+        raise DataError("row 3 is empty")
+    assert names(out.parent) == set()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), DataError("late"), RuntimeError("bug")])
+def test_an_error_in_the_middle_keeps_the_work_for_a_resume(
+    out: Path, partial: Path, error: BaseException
+) -> None:
+    with pytest.raises(type(error)):
+        break_off(out, "r", error)
+    assert not out.exists()
+    with output_folder(out, "r") as folder:
+        assert (folder / "part").read_text() == "half"
+        finish(folder, "r")
+    assert names(out) == {"part", "result", "pocketglm.json"}
+    assert not partial.exists()
+
+
+def test_force_resumes_its_own_work(out: Path) -> None:
+    make(out, "theirs")
+    with pytest.raises(KeyboardInterrupt):
+        break_off(out, "r", KeyboardInterrupt(), force=True)
+    assert request_of(out) == "theirs"  # still whole
+    with output_folder(out, "r", force=True) as folder:
+        assert (folder / "part").exists()
+        finish(folder, "r")
+    assert request_of(out) == "r"
+
+
+def test_unfinished_work_of_another_command(out: Path, partial: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        break_off(out, "theirs", KeyboardInterrupt())
+    (partial / "sub").mkdir()
+    (partial / "sub" / "part").write_text("half")
+    (partial / "link").symlink_to(out.parent.parent)
+    with pytest.raises(OutputExistsError, match="unfinished work of another command") as caught:
+        make(out, "r")
+    assert "--force" in caught.value.hint
+    assert (partial / "sub" / "part").exists()
+    assert (partial / REQUEST).read_text() == "theirs"
+    make(out, "r", force=True)
+    assert names(out) == {"result", "pocketglm.json"}
+    assert out.parent.parent.exists()  # what the link pointed to
+
+
+def test_unmarked_files_are_somebody_elses(out: Path, partial: Path) -> None:
+    partial.mkdir(parents=True)
+    (partial / "holiday.jpg").write_text("precious")
+    with pytest.raises(OutputExistsError):
+        make(out, "r")
+    assert names(partial) == {"holiday.jpg"}
+
+
+def test_kill_nine_in_the_middle_then_resume(
+    out: Path, partial: Path, child: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = child(out, "r")
+    wait_until_writing(process)
+    with pytest.raises(LockedError):
+        make(out, "r")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    assert names(partial) == {REQUEST, "part"}
+    with output_folder(out, "r") as folder:  # the kernel freed the lock
+        assert (folder / "part").read_text() == "half of the work"
+        finish(folder, "r")
+    assert is_done(out, "r", force=False)
+
+
+def test_ctrl_c_in_a_process_keeps_the_work(
+    out: Path, partial: Path, child: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = child(out, "r")
+    wait_until_writing(process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert "KeyboardInterrupt" in stderr
+    assert names(partial) == {REQUEST, "part"}
+    assert not out.exists()
+
+
+def test_two_writers(out: Path, child: Callable[..., subprocess.Popen[str]]) -> None:
+    first = child(out, "r")
+    wait_until_writing(first)
+    for force in (False, True):
+        with pytest.raises(LockedError, match="another process is writing") as caught:
+            make(out, "r", force=force)
+        assert caught.value.exit_code == 4
+    first.communicate("go on\n")
+    assert first.returncode == 0
+    assert names(out) == {"part", "pocketglm.json"}
+
+
+def test_the_slower_of_two_writers_does_not_replace_the_result(out: Path) -> None:
+    """Both looked when nothing was there; the other one, with other inputs, has finished since."""
+    assert not is_done(out, "r", force=False)
+    make(out, "theirs", "precious")
+    with pytest.raises(OutputExistsError):
+        make(out, "r")
+    assert (out / "result").read_text() == "precious"
+
+
+@pytest.mark.parametrize("call", ["open", "flock", "stat"])
+def test_a_writer_that_finishes_while_we_take_the_lock(
+    out: Path, partial: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """The other's rename falls exactly before each of our system calls."""
+    module = fcntl if call == "flock" else os
+    original = getattr(module, call)
+    waiting = True
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        nonlocal waiting
+        if waiting and (call == "flock" or args[0] == partial):
+            waiting = False
+            partial.rename(out)
+            shutil.rmtree(out)
+        return original(*args, **kwargs)
+
+    out.parent.mkdir()
+    handles = set(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else set()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, call, late)
+        with output_folder(out, "r") as folder:
+            assert not waiting
+            with pytest.raises(LockedError):  # the lock that we have is that of the new folder
+                make(out, "r")
+            finish(folder, "r")
+    assert is_done(out, "r", force=False)
+    if handles:
+        assert set(os.listdir("/proc/self/fd")) == handles
+
+
+def test_many_writers_at_once_one_wins(out: Path) -> None:
+    """Threads have separate locks too, as each opens the folder itself."""
+    results: list[str] = []
+    barrier = threading.Barrier(8)
+
+    def work(number: int) -> None:
+        barrier.wait()
+        try:
+            with output_folder(out, "r") as folder:
+                results.append("wrote")
+                time.sleep(0.05)
+                finish(folder, "r", str(number))
+        except LockedError:
+            results.append("locked")
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results.count("wrote") >= 1
+    assert len(results) == 8
+    assert is_done(out, "r", force=False)
+    assert names(out.parent) == {"out"}
+
+
+# --- the commit ---------------------------------------------------------------------------------
+
+
+def test_something_whole_exists_at_every_step_of_a_replacement(
+    out: Path, partial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after each change of the folder, an old or a new result is complete on disk."""
+    make(out, "old", "old")
+    old = out.with_name("out.replaced")
+    seen: list[tuple[bool, ...]] = []
+
+    def whole(folder: Path) -> bool:
+        return folder.is_dir() and names(folder) >= {"result", "pocketglm.json"}
+
+    def watched(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.append((whole(out), whole(old), whole(partial)))
+            result = original(*args, **kwargs)
+            seen.append((whole(out), whole(old), whole(partial)))
+            return result
+
+        return call
+
+    with output_folder(out, "new", force=True) as folder:
+        finish(folder, "new", "new")
+        for module, name in ((os, "rename"), (shutil, "rmtree"), (os, "unlink")):
+            monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    monkeypatch.undo()
+    assert len(seen) >= 6
+    assert all(any(state) for state in seen)
+    assert (False, True, True) in seen  # between the two renames both results are there
+    assert (out / "result").read_text() == "new"
+    assert names(out.parent) == {"out"}
+
+
+@pytest.mark.parametrize("step", range(5))
+def test_a_crash_at_any_step_of_the_commit_can_be_resumed(out: Path, step: int) -> None:
+    """`os._exit` at each system call of the commit, in a forked process."""
+    make(out, "old", "old")
+    process = os.fork()
+    if process == 0:
+        calls = 0
+
+        def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal calls
+                if calls == step:
+                    os._exit(9)
+                calls += 1
+                return original(*args, **kwargs)
+
+            return call
+
+        try:
+            with output_folder(out, "new", force=True) as folder:
+                finish(folder, "new", "new")
+                os.rename = counted(os.rename)
+                shutil.rmtree = counted(shutil.rmtree)  # type: ignore[assignment]
+                Path.unlink = counted(Path.unlink)  # type: ignore[method-assign]
+        finally:
+            os._exit(1)  # the commit had fewer steps
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
+
+    if request_of(out) != "new":
+        with output_folder(out, "new", force=True) as folder:
+            assert (folder / "result").read_text() == "new"  # nothing was lost
+    assert (out / "result").read_text() == "new"
+    assert is_done(out, "new", force=False)
