@@ -1,0 +1,1 @@
+"""L1: readers, tokenizer training and the embedded command set."""

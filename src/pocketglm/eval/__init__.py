@@ -1,0 +1,1 @@
+"""L2: one task per file, scoring any Session."""
