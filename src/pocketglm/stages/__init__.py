@@ -1,0 +1,1 @@
+"""L4: compress, export, bench, prove: one public function each."""

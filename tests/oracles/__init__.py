@@ -1,0 +1,1 @@
+"""Independent float64 references. They import nothing of PocketGLM."""

@@ -1,0 +1,93 @@
+"""Round-to-nearest quantization of one group of weights, in float64, written from the rule.
+
+The rule: the scale is a bf16 value in [2^-14, 65280], fixed first; then the integers, nearest, ties
+to even. Plain maximum: the smallest range that clips nothing. Search: the scale with the smallest
+squared error among range / divisor. `bug` plants a known mistake, to show that tests see it.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+BUGS = ("late_scale", "wide", "away", "no_floor", "truncate", "shifted_zero", "clip_order")
+
+
+def bf16(value: float, bug: str = "") -> float:
+    """The nearest bfloat16, ties to even, by the bits of the float32."""
+    bits = struct.unpack("<I", struct.pack("<f", value))[0]
+    if bug != "truncate":
+        bits += 0x7FFF + ((bits >> 16) & 1)
+    return float(struct.unpack("<f", struct.pack("<I", bits & 0xFFFF0000))[0])
+
+
+def limits(bits: int, symmetric: bool, bug: str = "") -> tuple[int, int]:
+    if bits == 8 and symmetric and bug != "wide":
+        return -127, 127
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def canonical(scale: float, bug: str = "") -> float:
+    floor = 0.0 if bug == "no_floor" else 2.0**-14
+    return min(max(bf16(scale, bug), floor), 65280.0)
+
+
+def divisors(bits: int, symmetric: bool) -> list[float]:
+    """What the range is divided by when a scale is searched."""
+    most = {(8, True): 127, (4, True): 7, (8, False): 255, (4, False): 15}[bits, symmetric]
+    if bits == 8:
+        return [*range(most - 3, most + 1), *(most * (1 + 0.05 * i) for i in range(1, 9))]
+    clipping = [most * (1 + 0.65 * i / 32) for i in range(1, 33)]
+    return [*range(1, most + 1), *clipping, *([8.0] if symmetric else [])]
+
+
+def quantize_group(
+    w: Array, bits: int, symmetric: bool, search: bool, bug: str = ""
+) -> tuple[Array, float, int]:
+    """Integers, scale and zero point of one group [K]."""
+    low, high = min(float(w.min()), 0.0), max(float(w.max()), 0.0)
+    bottom, top = limits(bits, symmetric, bug)
+    if symmetric:
+        plain, span = max(high / top, low / bottom), max(high, -low)
+    else:
+        plain, span = (high - low) / (top - bottom), high - low
+    raw = [plain]
+    if search:
+        raw += [span / divisor for divisor in divisors(bits, symmetric)]
+    best: tuple[float, Array, float, int] | None = None
+    for unrounded in raw:
+        scale = canonical(unrounded, bug)
+        with np.errstate(all="ignore"):
+            zero = 0
+            if not symmetric:
+                middle = (bottom + top) / 2 - (low + high) / 2 / scale
+                zero = int(np.clip(np.round(middle), bottom, top)) + (bug == "shifted_zero")
+            ratio = w / (unrounded if bug == "late_scale" else scale)
+            q = np.trunc(ratio + np.sign(ratio) / 2) if bug == "away" else np.round(ratio)
+            q = np.clip(q, bottom, top) + zero if bug == "clip_order" else q + zero
+            q = q if bug == "clip_order" else np.clip(q, bottom, top)
+            error = float(np.square((q - zero) * scale - w).sum())
+        if best is None or error < best[0]:
+            best = (error, q, scale, zero)
+    assert best is not None
+    return best[1], best[2], best[3]
+
+
+def quantize(
+    weight: Array, bits: int, group: int | None, symmetric: bool, search: bool, bug: str = ""
+) -> tuple[Array, Array, Array]:
+    """Integers [N, K], scales [N, G] and zero points [N, G] of a weight [N, K]."""
+    rows, columns = weight.shape
+    size = group or columns
+    q = np.empty_like(weight)
+    scales, zeros = np.empty((rows, columns // size)), np.empty((rows, columns // size))
+    for row in range(rows):
+        for g in range(columns // size):
+            part = slice(g * size, (g + 1) * size)
+            q[row, part], scales[row, g], zeros[row, g] = quantize_group(
+                weight[row, part], bits, symmetric, search, bug
+            )
+    return q, scales, zeros

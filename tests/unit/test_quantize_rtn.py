@@ -1,0 +1,95 @@
+"""methods/quantize_rtn: which tensors it takes, in which scheme, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_bert import save_tiny_bert
+
+from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.methods.quantize_rtn import SPEC, RtnConfig
+from pocketglm.ops.affine import quantize
+
+WORDS = "bert.embeddings.word_embeddings.weight"
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(save_tiny_bert(tmp_path_factory.mktemp("rtn") / "tiny"))
+
+
+def chosen(ckpt: Checkpoint, **settings: Any) -> dict[str, TensorScheme]:
+    config = RtnConfig(**settings)
+    pairs = ((n, SPEC.select(config, ckpt, info)) for n, info in ckpt.tensors.items())
+    return {name: scheme for name, scheme in pairs if scheme}
+
+
+def test_the_default_is_int8_per_channel_of_the_body(ckpt: Checkpoint) -> None:
+    found = chosen(ckpt)
+    assert len(found) == 12  # six linear layers in each of two blocks
+    assert all(".encoder.layer." in name and name.endswith(".weight") for name in found)
+    assert set(found.values()) == {TensorScheme(bits=8, activation="dynamic_tensor")}
+
+
+def test_int4_has_groups_of_32_and_float_activations(ckpt: Checkpoint) -> None:
+    assert set(chosen(ckpt, bits=4).values()) == {TensorScheme(bits=4, group_size=32)}
+    wide = chosen(ckpt, bits=4, group_size=128, symmetric=False, activation="dynamic_block")
+    assert set(wide.values()) == {
+        TensorScheme(bits=4, group_size=128, symmetric=False, activation="dynamic_block")
+    }
+
+
+def test_embedding_and_head_are_options(ckpt: Checkpoint) -> None:
+    found = chosen(ckpt, bits=4, group_size=64, embeddings=8, head=8)
+    extra = {name: scheme for name, scheme in found.items() if ".encoder." not in name}
+    assert extra == {
+        WORDS: TensorScheme(bits=8),
+        "bert.pooler.dense.weight": TensorScheme(bits=8, activation="dynamic_tensor"),
+        "classifier.weight": TensorScheme(bits=8, activation="dynamic_tensor"),
+    }
+    assert chosen(ckpt, embeddings=4)[WORDS] == TensorScheme(bits=4, group_size=32)
+
+
+def test_skip_leaves_tensors_float(ckpt: Checkpoint) -> None:
+    found = chosen(ckpt, skip=["*.layer.0.*", "*.output.dense.weight"])
+    assert len(found) == 4
+    assert QUERY not in found
+
+
+def test_a_good_request_has_no_reasons(ckpt: Checkpoint) -> None:
+    assert SPEC.check(RtnConfig(), ckpt) == []
+
+
+def test_a_group_that_does_not_divide_names_tensor_k_and_sizes(tmp_path: Path) -> None:
+    odd = Checkpoint.open(save_tiny_bert(tmp_path / "odd", hidden_size=96, num_attention_heads=2))
+    reasons = SPEC.check(RtnConfig(bits=4, group_size=64), odd)
+    assert any(
+        reason.startswith(f"{QUERY}: K = 96 is not a multiple of group_size 64")
+        and "sizes that divide: 32" in reason
+        for reason in reasons
+    )
+    assert SPEC.check(RtnConfig(bits=4, group_size=32), odd) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"skip": ["*.nothing"]}, "skip: '*.nothing' matches no tensor"),
+        ({"skip": ["*"]}, "it has no tensor to quantize with these settings"),
+        ({"activation": "static"}, "activation: static needs calibration data"),
+    ],
+)
+def test_other_refusals(ckpt: Checkpoint, settings: dict[str, Any], reason: str) -> None:
+    assert reason in SPEC.check(RtnConfig(**settings), ckpt)[0]
+
+
+def test_search_can_be_turned_off(ckpt: Checkpoint) -> None:
+    w, scheme = torch.randn(4, 64), TensorScheme(bits=4, group_size=32)
+    plain = SPEC.quantize(RtnConfig(bits=4, search=False), w, scheme)
+    assert torch.equal(plain[1], quantize(w, scheme, search=False)[1])
+    assert not torch.equal(plain[1], SPEC.quantize(RtnConfig(bits=4), w, scheme)[1])
