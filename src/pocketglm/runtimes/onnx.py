@@ -1,0 +1,104 @@
+"""Opens an ONNX export with ONNX Runtime on the CPU. Torch-free.
+
+Threads do not spin by default: two spinning threads are the slowest choice on a busy machine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from pocketglm.artifacts.export import ExportManifest, read_export
+from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, SessionInfo
+from pocketglm.errors import CheckpointError, UsageError
+from pocketglm.runtimes._cores import usable_cores
+
+
+class OnnxSession:
+    """An open encoder of an export folder."""
+
+    def __init__(self, path: Path, options: RunOptions) -> None:
+        manifest = read_export(path)
+        self._session = _open(path, manifest, options)
+        self._names = [port.name for port in self._session.get_inputs()]
+        self._vocab_size = manifest.vocab_size
+        self.info = SessionInfo(
+            runtime="onnx",
+            output=manifest.output,
+            labels=tuple(manifest.labels),
+            max_length=manifest.max_length,
+            pooling=manifest.pooling,
+            activation=manifest.activation,
+        )
+
+    def logits(self, ids: Ids, mask: Ids) -> Floats:
+        """ids [B, S], mask [B, S] of 0/1 -> float32 [B, C].
+
+        Raises:
+            UsageError: an id is outside the vocabulary, or a row is longer than the positions.
+        """
+        limit = self.info.max_length
+        if ids.shape[1] > limit:
+            raise UsageError(
+                f"{ids.shape[1]} tokens in a row, the file was exported for at most {limit}",
+                f"cut the text, or export again with --max-length {ids.shape[1]} or more",
+            )
+        if self._vocab_size and ids.size and not 0 <= ids.min() <= ids.max() < self._vocab_size:
+            worst = int(ids.max() if ids.max() >= self._vocab_size else ids.min())
+            raise UsageError(
+                f"token id {worst} is outside the model's vocabulary ({self._vocab_size} ids)",
+                "the tokenizer belongs to another model: use the export's tokenizer.json",
+            )
+        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        wanted = {name: feeds[name].astype(np.int64, copy=False) for name in self._names}
+        result: Floats = self._session.run([self.info.output], wanted)[0]
+        return result
+
+    def close(self) -> None:
+        """Free the model; the session cannot be used afterwards."""
+        del self._session
+
+
+def _open(path: Path, manifest: ExportManifest, options: RunOptions) -> ort.InferenceSession:
+    file = path / manifest.model_file
+    entry = manifest.files.get(manifest.model_file)
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing", "export the checkpoint again")
+    if entry and file.stat().st_size != entry.bytes:
+        raise CheckpointError(
+            f"{file} has {file.stat().st_size} bytes, it was exported with {entry.bytes}",
+            "copy the folder again, or export the checkpoint again",
+        )
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads or manifest.threads or usable_cores()
+    settings.inter_op_num_threads = 1
+    settings.add_session_config_entry(
+        "session.intra_op.allow_spinning", "1" if options.spinning else "0"
+    )
+    settings.log_severity_level = 3  # errors only: warnings are about graph clean-up
+    level = ort.GraphOptimizationLevel
+    settings.graph_optimization_level = (
+        level.ORT_ENABLE_ALL if options.optimize else level.ORT_DISABLE_ALL
+    )
+    try:
+        return ort.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exception classes have no common base
+        wanted = manifest.minimum.get("onnxruntime", ort.__version__)
+        raise CheckpointError(
+            f"ONNX Runtime {ort.__version__} cannot open {file}: {error}",
+            f"export it again, or pip install 'onnxruntime>={wanted}'",
+        ) from error
+
+
+def open_export(path: Path, options: RunOptions) -> OnnxSession:
+    """Open an export folder.
+
+    Raises:
+        CheckpointError: the model file is missing, changed or corrupt.
+    """
+    return OnnxSession(path, options)
+
+
+SPEC = Runtime(summary="ONNX Runtime on the CPU", extra="", open=open_export)

@@ -1,0 +1,199 @@
+"""Does an exported encoder compute what its checkpoint computes?
+
+Three comparisons on embedded sample sentences of 1 to `max_length` tokens:
+* block by block, activation quantization off: each block of the checkpoint in PyTorch gets what the
+  file's own previous block gave, so that errors do not add up and the faulty block is named;
+* the whole file as shipped, in its runtime, against the checkpoint in float32;
+* the runtime's graph optimizer on against off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from pocketglm import registry
+from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.artifacts.export import ExportManifest, Parity
+from pocketglm.contracts import Floats, Ids, Reporter, RunOptions, Runtime, Target
+from pocketglm.errors import ParityError
+from pocketglm.model.encoder import Encoder
+from pocketglm.model.hf import load_encoder
+from pocketglm.text.tokenizer import Tokenizer
+
+SAMPLES = (
+    "Stop",
+    "hello",
+    "set an alarm",
+    "What is the weather like in Paris tomorrow?",
+    "打开地图",
+    "明天早上七点叫我起床，然后播放一首安静的歌。",
+    "Call my sister and tell her that I will be twenty minutes late for dinner tonight.",
+    "Turn the volume down to 30 % and skip this song!",
+    "How many kilometres are there in 26.2 miles?",
+    "Remind me to water the plants every other Thursday at half past six in the evening.",
+    "ok",
+    "I'd like to transfer $1,250.00 from my savings to my checking account, please.",
+    "Which of the two restaurants near the station has the better reviews, and is it still open?",
+    "A man in a red jacket is walking his two dogs along the beach while the sun goes down.",
+    "Translate 'good morning, how are you?' into French.",
+    "The committee agreed, after a long and at times heated debate, to postpone its decision until "
+    "the independent report on costs, risks and benefits is published later in the year.",
+)
+FLOAT_TOLERANCE = 1e-4  # of a value of size 1; larger values may differ in proportion
+# By the form of the activations: share of the output's standard deviation by which one value may
+# differ, and the agreement to reach. One int8 scale per tensor costs 1-2 % of the range at each of
+# its layers; a wrong weight or connection costs far more.
+LIMITS = {
+    "none": (0.0, 0.999),
+    "dynamic_block": (0.5, 0.9),
+    "dynamic_tensor": (1.5, 0.8),
+    "mixed": (1.5, 0.8),
+}
+_NEAR_TIE = 0.25  # of the output's standard deviation
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    ids: Ids
+    mask: Ids
+
+
+def check_parity(
+    ckpt: Checkpoint, folder: Path, manifest: ExportManifest, target: Target, reporter: Reporter
+) -> Parity:
+    """Compare the files in `folder`, whose export.json is `manifest`, with the checkpoint.
+
+    Raises:
+        ParityError: a block or the whole differs by more than the form of the file explains.
+    """
+    model = load_encoder(ckpt)
+    batches = list(_samples(folder, manifest.max_length))
+    file = folder / manifest.model_file
+    reporter.say("checking parity, block by block")
+    blocks: dict[str, float] = {}
+    for batch in batches:
+        for name, difference in _compare_blocks(model, target, file, batch).items():
+            blocks[name] = max(difference, blocks.get(name, 0.0))
+    reporter.say("checking parity of the whole file, graph optimizer on and off")
+    with torch.inference_mode():
+        wanted = np.concatenate([_torch(model, batch).numpy() for batch in batches])
+    shipped, plain = (
+        _run(folder, manifest.runtime, batches, RunOptions(optimize=optimize))
+        for optimize in (True, False)
+    )
+    return _judge(manifest, wanted, shipped, plain, blocks)
+
+
+def _samples(folder: Path, max_length: int) -> Iterator[_Batch]:
+    """All samples in one padded batch, then one row of the greatest length."""
+    tokenizer = Tokenizer.load(folder)
+    for texts in (SAMPLES, [" ".join(SAMPLES * (1 + max_length // 100))]):
+        encoded = tokenizer.encode(texts, max_length)
+        yield _Batch(encoded.ids, encoded.mask)
+
+
+def _torch(model: Encoder, batch: _Batch) -> torch.Tensor:
+    result: torch.Tensor = model(torch.from_numpy(batch.ids), torch.from_numpy(batch.mask))
+    return result
+
+
+@torch.inference_mode()
+def _compare_blocks(model: Encoder, target: Target, file: Path, batch: _Batch) -> dict[str, float]:
+    """Worst absolute difference per block, at tokens that are not padding.
+
+    Raises:
+        ParityError: names the first block beyond the tolerance.
+    """
+    ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)
+    found = target.blocks(file, batch.ids, batch.mask)
+    attend, keep = mask.bool()[:, None, None, :], mask.bool().numpy()
+    differences = {}
+    x = torch.empty(0)
+    for name, value in found.items():
+        if name == "embeddings":
+            wanted = model.embeddings(ids)
+        elif name == "head":
+            pooled = model.pool(x, mask)
+            wanted = model.classifier(pooled) if model.classifier else normalize(pooled, dim=-1)
+        else:
+            wanted = model.blocks[int(name.removeprefix("block."))](x, attend)
+        x = torch.from_numpy(value)
+        expected = wanted.numpy()
+        if name != "head":
+            expected, value = expected[keep], value[keep]
+        differences[name] = _worst(expected, value)
+        limit = FLOAT_TOLERANCE * max(1.0, float(np.abs(expected).max()))
+        if not differences[name] <= limit:
+            raise ParityError(
+                f"'{name}' of the written file differs from the checkpoint by "
+                f"{differences[name]:.3g} (limit {limit:.3g}), activation quantization off",
+                "this is a defect of the export: please report it with this checkpoint's config",
+            )
+    return differences
+
+
+def _run(folder: Path, runtime_name: str, batches: list[_Batch], options: RunOptions) -> Floats:
+    runtime: Runtime = registry.load("runtimes", runtime_name)
+    session = runtime.open(folder, options)
+    try:
+        return np.concatenate([session.logits(batch.ids, batch.mask) for batch in batches])
+    finally:
+        session.close()
+
+
+def _worst(a: Floats, b: Floats) -> float:
+    return float(np.abs(a - b).max())
+
+
+def _judge(
+    manifest: ExportManifest,
+    wanted: Floats,
+    shipped: Floats,
+    plain: Floats,
+    blocks: dict[str, float],
+) -> Parity:
+    share, needed = LIMITS[manifest.activation]
+    std = float(wanted.std())
+    parity = Parity(
+        scope="whole",
+        n=len(wanted),
+        output_max_abs=_worst(wanted, shipped),
+        output_std=std,
+        tolerance=share * std if share else FLOAT_TOLERANCE * max(1.0, std),
+        agreement=_agreement(wanted, shipped, std, labels=bool(manifest.labels)),
+        optimizer_max_abs=_worst(shipped, plain),
+        blocks=blocks,
+    )
+    form = f"{manifest.precision}, activations {manifest.activation}"
+    for what, difference in (
+        ("the written file differs from the checkpoint", parity.output_max_abs),
+        ("the file with its runtime's optimizer on differs from off", parity.optimizer_max_abs),
+    ):
+        if not difference <= parity.tolerance:
+            raise ParityError(
+                f"{what} by {difference:.3g}; the limit for {form} is {parity.tolerance:.3g} "
+                f"(the output's standard deviation is {std:.3g})",
+                "choose a more accurate form: compress with --set activation=dynamic_block or none",
+            )
+    if parity.agreement < needed:
+        raise ParityError(
+            f"the written file agrees with the checkpoint to {parity.agreement:.3f} only; {form} "
+            f"should reach {needed}",
+            "choose a more accurate form: compress with --set activation=dynamic_block or none",
+        )
+    return parity
+
+
+def _agreement(wanted: Floats, found: Floats, std: float, *, labels: bool) -> float:
+    """Share of rows with the same label, near ties aside; or the smallest cosine."""
+    if not labels:
+        return float((wanted * found).sum(axis=1).min())
+    rows = np.arange(len(wanted))
+    lost = wanted.max(axis=1) - wanted[rows, found.argmax(axis=1)]
+    return float((lost <= _NEAR_TIE * std).mean())

@@ -1,0 +1,188 @@
+"""Lower a checkpoint to the files of one or more runtimes; nothing is kept that fails parity."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from pocketglm import registry
+from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.artifacts.export import EXPORT, ExportManifest, Parity, list_files, read_export
+from pocketglm.artifacts.manifest import digest_file, digest_value, tool_versions, write_json
+from pocketglm.artifacts.output import REQUEST, is_done, output_folder
+from pocketglm.artifacts.schemas import ExportResult, TargetResult
+from pocketglm.contracts import ExportOptions, Lowered, Reporter, Silent, Target
+from pocketglm.errors import PocketError, UnsupportedError, UsageError, WorkError
+from pocketglm.model.hf import check_tensors, labels_of, max_length_of, spec_of
+from pocketglm.ops.stored import precision_of
+from pocketglm.stages._parity import check_parity
+from pocketglm.text.tokenizer import Tokenizer
+
+_DEFAULTS = ExportOptions()
+_SILENT = Silent()
+
+
+def export(
+    path: Path,
+    targets: Sequence[str],
+    out: Path,
+    *,
+    options: ExportOptions = _DEFAULTS,
+    force: bool = False,
+    reporter: Reporter = _SILENT,
+) -> ExportResult:
+    """Write OUT/<target>/ for every target; each that works is kept.
+
+    A target that fails is reported in its TargetResult, with its error and exit code: refused (2),
+    parity (1), extra missing (3), crashed or disk full (4).
+
+    Raises:
+        UsageError: unknown target, or a max_length that the model does not have.
+        CheckpointError: the checkpoint cannot be used, or its tokenizer has ids beyond the
+            vocabulary.
+    """
+    if not targets:
+        raise UsageError("no target named", f"known: {', '.join(registry.names('targets'))}")
+    loaded: dict[str, Target] = {name: registry.load("targets", name) for name in targets}
+    ckpt = Checkpoint.open(path)
+    check_tensors(ckpt)
+    spec = spec_of(ckpt)
+    Tokenizer.load(ckpt.path).check_vocabulary(spec.vocab_size, ckpt.path)
+    limit = spec.max_position_embeddings
+    if options.max_length is not None and not 1 < options.max_length <= limit:
+        raise UsageError(
+            f"--max-length {options.max_length}: the model has {limit} positions",
+            f"choose 2 to {limit}",
+        )
+    digest = ckpt.digest()
+    results = []
+    for index, (name, target) in enumerate(loaded.items()):
+        reporter.progress("export", index, len(loaded), name)
+        try:
+            results.append(
+                _export(ckpt, digest, name, target, out / name, options, force, reporter)
+            )
+        except PocketError as error:
+            text = f"{error.message}\n{error.hint}" if error.hint else error.message
+            results.append(
+                TargetResult(target=name, ok=False, error=text, exit_code=error.exit_code)
+            )
+    reporter.progress("export", len(loaded), len(loaded))
+    return ExportResult(out=str(out), targets=results)
+
+
+def _export(
+    ckpt: Checkpoint,
+    digest: str,
+    name: str,
+    target: Target,
+    out: Path,
+    options: ExportOptions,
+    force: bool,
+    reporter: Reporter,
+) -> TargetResult:
+    request = digest_value(
+        {
+            "verb": "export",
+            "target": name,
+            "options": asdict(options),
+            "checkpoint": digest,
+            "pocketglm": tool_versions()["pocketglm"],
+        }
+    )
+    done = is_done(out, request, force)
+    if not done:
+        if reasons := target.supports(ckpt, options):
+            raise UnsupportedError(f"{name} cannot carry {ckpt.path}", reasons)
+        with output_folder(out, request, force) as partial:
+            try:
+                _write(ckpt, digest, request, name, target, partial, options, reporter)
+            except BaseException:
+                _discard(partial)  # an export is quick to make again: nothing to resume
+                raise
+    manifest = read_export(out)
+    return TargetResult(
+        target=name,
+        ok=True,
+        out=str(out),
+        already_done=done,
+        precision=manifest.precision,
+        bytes=sum(entry.bytes for entry in manifest.files.values()),
+        parity=manifest.parity,
+    )
+
+
+def _write(
+    ckpt: Checkpoint,
+    digest: str,
+    request: str,
+    name: str,
+    target: Target,
+    folder: Path,
+    options: ExportOptions,
+    reporter: Reporter,
+) -> None:
+    _discard(folder)  # what a killed run left
+    try:
+        lowered = target.lower(ckpt, folder, options, reporter)
+        manifest = _manifest(ckpt, digest, request, name, target, folder, options, lowered)
+        write_json(folder / EXPORT, manifest)  # the runtime that parity opens reads it
+        parity = check_parity(ckpt, folder, manifest, target, reporter)
+    except (PocketError, OSError, MemoryError):
+        raise
+    except Exception as error:  # a converter or runtime that crashed
+        raise WorkError(
+            f"target {name} failed on {ckpt.path}: {type(error).__name__}: {error}",
+            "run it again with --debug and report what it prints",
+        ) from error
+    write_json(folder / EXPORT, manifest.model_copy(update={"parity": parity}))
+
+
+def _manifest(
+    ckpt: Checkpoint,
+    digest: str,
+    request: str,
+    name: str,
+    target: Target,
+    folder: Path,
+    options: ExportOptions,
+    lowered: Lowered,
+) -> ExportManifest:
+    spec = spec_of(ckpt)
+    unknown = Parity(scope="whole", n=0, output_max_abs=0, output_std=0, tolerance=0, agreement=0)
+    return ExportManifest(
+        request=request,
+        target=name,
+        runtime=target.runtime,
+        kind="encoder",
+        output=lowered.outputs[0]["name"],
+        precision=precision_of(ckpt) if ckpt.manifest.schemes else "fp32",
+        model_file=lowered.model_file,
+        inputs=lowered.inputs,
+        outputs=lowered.outputs,
+        labels=labels_of(ckpt),
+        pooling=spec.pooling,
+        max_length=options.max_length or max_length_of(ckpt),
+        vocab_size=spec.vocab_size,
+        activation=lowered.activation,
+        threads=options.threads,
+        task=ckpt.manifest.task,
+        schemes=ckpt.manifest.schemes,
+        tokenizer_sha256=digest_file(folder / "tokenizer.json"),
+        operators=lowered.operators,
+        minimum=lowered.minimum,
+        checkpoint=digest,
+        lineage=ckpt.manifest.lineage,
+        parameters=lowered.parts,
+        parity=unknown,
+        files={n: entry for n, entry in list_files(folder).items() if n != REQUEST},
+    )
+
+
+def _discard(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name == REQUEST:
+            continue
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -1,0 +1,1 @@
+"""L3: one runtime format per file."""

@@ -1,0 +1,225 @@
+"""Linear layers and embeddings of an ONNX graph, in the form that the weight's scheme asks for.
+
+    weight             activation        nodes
+    float                                MatMul, Add
+    INT8 per channel   dynamic_tensor    DynamicQuantizeMatMul (one scale per activation tensor)
+    INT8, INT4         dynamic_block     MatMulNBits, accuracy_level 4 (int8 activations by block)
+    INT8, INT4         dynamic_token     the same: a block is finer than a token
+    INT8, INT4         none              MatMulNBits, accuracy_level 1 (float activations)
+    embedding, INT8 per row              Gather of integers and scales, Cast, Mul
+    embedding, INT4 or by group          GatherBlockQuantized
+
+The integers are the checkpoint's own. MatMulNBits and GatherBlockQuantized store them shifted by
+8 or 128, low nibble first: w = (stored - zero_point) * scale. Specs: ONNX Runtime,
+ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import TensorProto
+
+from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.model.bert import hf_name
+from pocketglm.model.hf import stored_name
+from pocketglm.ops.stored import read_quantized, read_weight
+from pocketglm.targets._onnx_graph import GraphBuilder
+
+Array = npt.NDArray[Any]
+BLOCK = 128  # of MatMulNBits where the scheme has one scale per row: the fastest size measured
+_BLOCKS = (16, 32, 64, 128, 256)  # the sizes that ONNX Runtime's kernels know
+
+
+@dataclass(frozen=True, slots=True)
+class Integers:
+    """A quantized weight: q int8 [N, K], scales float32 [N, G], zero_points int8 [N, G] or None."""
+
+    q: Array
+    scales: Array
+    zero_points: Array | None
+    scheme: TensorScheme
+
+    def rows(self, limit: int | None) -> Integers:
+        """The first `limit` rows."""
+        zeros = None if self.zero_points is None else self.zero_points[:limit]
+        return Integers(self.q[:limit], self.scales[:limit], zeros, self.scheme)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A checkpoint's weights by our parameter names (`model/encoder.py`)."""
+
+    ckpt: Checkpoint
+
+    def floats(self, name: str) -> npt.NDArray[np.float32]:
+        """The tensor in float32, dequantized if need be."""
+        array: npt.NDArray[np.float32] = read_weight(
+            self.ckpt, stored_name(self.ckpt, name)
+        ).numpy()
+        return array
+
+    def scheme(self, name: str) -> TensorScheme | None:
+        """How a weight is quantized; None: it is stored in float."""
+        return self.ckpt.manifest.schemes.get(stored_name(self.ckpt, name))
+
+    def integers(self, name: str) -> Integers:
+        """The integers of a quantized weight."""
+        stored = read_quantized(self.ckpt, stored_name(self.ckpt, name))
+        zeros = None if stored.zero_points is None else stored.zero_points.numpy()
+        return Integers(stored.q.numpy(), stored.scales.numpy(), zeros, stored.scheme)
+
+
+def refusal(scheme: TensorScheme, *, linear: bool) -> str:
+    """Why no operator carries this scheme, or ''."""
+    if scheme.group_size is not None and scheme.group_size not in _BLOCKS:
+        return f"group_size {scheme.group_size}: the operators know {_BLOCKS}"
+    if not linear:
+        return ""
+    if scheme.activation == "static":
+        return "activation static: this target quantizes activations dynamically or not at all"
+    per_channel = scheme.bits == 8 and scheme.group_size is None
+    if scheme.activation == "dynamic_tensor" and not per_channel:
+        return (
+            "activation dynamic_tensor goes with INT8 per channel only; for INT4 or groups, "
+            "compress with activation dynamic_block (faster) or none (exact)"
+        )
+    return ""
+
+
+def label(*layers: str) -> str:
+    """The name of a layer's initializers: the checkpoint's; packed layers joined by '|'."""
+    return "|".join(hf_name(f"{layer}.weight").removesuffix(".weight") for layer in layers)
+
+
+def linear(g: GraphBuilder, weights: Weights, x: str, *layers: str) -> str:
+    """x [..., K] -> [..., N]: `layers` side by side as one product; they must share a scheme."""
+    name = label(*layers)
+    bias = biases(g, weights, *layers)
+    scheme = weights.scheme(f"{layers[0]}.weight")
+    if scheme is None:
+        return g.op("Add", g.op("MatMul", x, float_columns(g, weights, *layers)), bias)
+    part = side_by_side(weights, *layers)
+    if scheme.activation != "dynamic_tensor":
+        return _matmul_nbits(g, name, x, part, bias)
+    weight, scales, zeros = integer_columns(g, name, part)
+    return g.microsoft("DynamicQuantizeMatMul", x, weight, scales, zeros, bias)
+
+
+def biases(g: GraphBuilder, weights: Weights, *layers: str) -> str:
+    """The layers' biases, concatenated: [N]."""
+    values = [weights.floats(f"{layer}.bias") for layer in layers]
+    return g.constant(f"{label(*layers)}.bias", np.concatenate(values))
+
+
+def float_columns(g: GraphBuilder, weights: Weights, *layers: str) -> str:
+    """The layers' float weights side by side: [K, N]."""
+    values = [weights.floats(f"{layer}.weight") for layer in layers]
+    return g.constant(f"{label(*layers)}.weight", np.concatenate(values).T)
+
+
+def integer_columns(g: GraphBuilder, name: str, part: Integers) -> tuple[str, str, str]:
+    """Per-channel integers int8 [K, N], scales [N], zero points int8 [N] ('' if symmetric)."""
+    zeros = part.zero_points
+    return (
+        g.constant(f"{name}.weight", part.q.T),
+        g.constant(f"{name}.scales", part.scales[:, 0]),
+        "" if zeros is None else g.constant(f"{name}.zero_points", zeros[:, 0]),
+    )
+
+
+def side_by_side(weights: Weights, *layers: str) -> Integers:
+    """The integers of layers that share a scheme, concatenated along N."""
+    parts = [weights.integers(f"{layer}.weight") for layer in layers]
+    zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    return Integers(
+        np.concatenate([part.q for part in parts]),
+        np.concatenate([part.scales for part in parts]),
+        np.concatenate(zeros) if zeros else None,
+        parts[0].scheme,
+    )
+
+
+def embedding(
+    g: GraphBuilder, weights: Weights, layer: str, rows: str, limit: int | None = None
+) -> str:
+    """Rows of a table: indices `rows` int64 [...] -> [..., H] float32.
+
+    Only the rows that are looked up become float, so the table stays small in memory. Only the
+    first `limit` rows are written.
+    """
+    name = label(layer)
+    scheme = weights.scheme(f"{layer}.weight")
+    if scheme is None:
+        table = g.constant(f"{name}.weight", weights.floats(f"{layer}.weight")[:limit])
+        return g.op("Gather", table, rows)
+    part = weights.integers(f"{layer}.weight").rows(limit)
+    if scheme.bits == 4 or scheme.group_size:
+        return _gather_block(g, name, rows, part)
+    values = g.op("Gather", g.constant(f"{name}.weight", part.q), rows)
+    values = g.op("Cast", values, to=TensorProto.FLOAT)
+    if part.zero_points is not None:
+        zeros = g.op("Gather", g.constant(f"{name}.zero_points", part.zero_points), rows)
+        values = g.op("Sub", values, g.op("Cast", zeros, to=TensorProto.FLOAT))
+    return g.op("Mul", values, g.op("Gather", g.constant(f"{name}.scales", part.scales), rows))
+
+
+def _gather_block(g: GraphBuilder, name: str, rows: str, part: Integers) -> str:
+    bits, columns = part.scheme.bits, part.q.shape[1]
+    inputs = [
+        g.constant(f"{name}.weight", _packed(part.q, bits)),
+        rows,
+        g.constant(f"{name}.scales", part.scales),
+    ]
+    if part.zero_points is not None:
+        inputs.append(g.constant(f"{name}.zero_points", _packed(part.zero_points, bits)))
+    return g.microsoft(
+        "GatherBlockQuantized",
+        *inputs,
+        bits=bits,
+        # One scale per row: one block that is at least as long as the row.
+        block_size=part.scheme.group_size or max(16, 1 << (columns - 1).bit_length()),
+        gather_axis=0,
+        quantize_axis=1,
+    )
+
+
+def _matmul_nbits(g: GraphBuilder, name: str, x: str, part: Integers, bias: str) -> str:
+    bits, (rows, columns) = part.scheme.bits, part.q.shape
+    block = part.scheme.group_size or BLOCK
+    blocks = -(-columns // block)
+    scales = np.broadcast_to(part.scales, (rows, blocks))
+    zeros = part.zero_points
+    if zeros is not None:
+        zeros = np.broadcast_to(zeros, (rows, blocks))
+    q = np.zeros((rows, blocks * block), np.int8)  # the last block may reach beyond K
+    q[:, :columns] = part.q
+    return g.microsoft(
+        "MatMulNBits",
+        x,
+        g.constant(f"{name}.weight", _packed(q, bits).reshape(rows, blocks, -1)),
+        g.constant(f"{name}.scales", scales),
+        "" if zeros is None else g.constant(f"{name}.zero_points", _packed(zeros, bits)),
+        "",
+        bias,
+        K=columns,
+        N=rows,
+        bits=bits,
+        block_size=block,
+        accuracy_level=1 if part.scheme.activation == "none" else 4,
+    )
+
+
+def _packed(q: Array, bits: int) -> npt.NDArray[np.uint8]:
+    """int8 [N, K] -> uint8 [N, K] (8 bits) or [N, ceil(K/2)] (4), moved to start from 0."""
+    moved = (q.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    if bits == 8:
+        return moved
+    if moved.shape[1] % 2:
+        moved = np.pad(moved, ((0, 0), (0, 1)))
+    packed: npt.NDArray[np.uint8] = moved[:, 0::2] | (moved[:, 1::2] << np.uint8(4))
+    return packed

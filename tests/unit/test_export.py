@@ -1,0 +1,264 @@
+"""The export stage: what it writes, what it refuses, and that nothing false or half is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers
+from tiny_encoder import VOCAB, quantize_weights, save_tiny, save_tokenizer
+
+from pocketglm import registry
+from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.artifacts.export import check_files, read_export
+from pocketglm.artifacts.manifest import digest_file
+from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.contracts import ExportOptions, Silent
+from pocketglm.errors import CheckpointError, ParityError, UsageError
+from pocketglm.model.encoder import Encoder
+from pocketglm.model.layers import Block
+from pocketglm.runtimes import open_session
+from pocketglm.stages import _parity
+from pocketglm.stages.export import export
+from pocketglm.text.tokenizer import Tokenizer
+
+DYNAMIC = TensorScheme(bits=8, activation="dynamic_tensor")
+LINEARS = {f".{name}.weight": DYNAMIC for name in ("query", "key", "value", "dense")}
+EXPORT = ["onnx"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("export") / "tiny", max_length=24)
+
+
+@pytest.fixture(scope="module")
+def tiny8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_tiny(tmp_path_factory.mktemp("export") / "tiny8")
+    words = {"word_embeddings.weight": TensorScheme(bits=8)}
+    return quantize_weights(folder, words | LINEARS)
+
+
+def test_writes_the_folder_and_its_manifest(tiny: Path, tmp_path: Path) -> None:
+    result = export(tiny, EXPORT, tmp_path / "out")
+    entry = result.targets[0]
+    assert (entry.ok, entry.exit_code, entry.precision) == (True, 0, "fp32")
+    folder = tmp_path / "out" / "onnx"
+    assert entry.out == str(folder)
+    manifest = read_export(folder)
+    check_files(folder, manifest)
+    assert set(manifest.files) == {
+        "config.json",
+        "onnx/model.onnx",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert entry.bytes == sum(file.bytes for file in manifest.files.values())
+    assert (manifest.kind, manifest.output, manifest.task) == ("encoder", "logits", "intent")
+    assert (manifest.max_length, manifest.vocab_size, manifest.pooling) == (24, 57, "mean")
+    assert manifest.tokenizer_sha256 == digest_file(tiny / "tokenizer.json")
+    assert manifest.checkpoint == Checkpoint.open(tiny).digest()
+    assert manifest.operators["com.microsoft.Attention"] == 2
+    parity = manifest.parity
+    assert parity == entry.parity
+    assert parity.n == len(_parity.SAMPLES) + 1
+    assert parity.output_max_abs < 1e-5
+    assert parity.tolerance == pytest.approx(1e-4 * max(1, parity.output_std))
+    assert parity.agreement == 1.0
+    assert list(parity.blocks) == ["embeddings", "block.0", "block.1", "head"]
+    assert 0 < max(parity.blocks.values()) < 1e-5
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_int8_parity_is_exact_by_block_and_bounded_as_shipped(tiny8: Path, tmp_path: Path) -> None:
+    entry = export(tiny8, EXPORT, tmp_path / "out").targets[0]
+    assert entry.ok, entry.error
+    manifest = read_export(tmp_path / "out" / "onnx")
+    assert (manifest.precision, manifest.activation) == ("int8", "dynamic_tensor")
+    assert manifest.schemes == Checkpoint.open(tiny8).manifest.schemes
+    parity = manifest.parity
+    assert max(parity.blocks.values()) < 2e-5
+    assert 1e-4 < parity.output_max_abs < parity.tolerance
+    session = open_session(tmp_path / "out" / "onnx")
+    assert session.info.activation == "dynamic_tensor"
+
+
+def test_opset_13_and_length_are_part_of_the_request(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ExportOptions(opset=13, max_length=10, threads=1)
+    assert export(tiny, EXPORT, out, options=options).targets[0].ok
+    manifest = read_export(out / "onnx")
+    assert (manifest.max_length, manifest.minimum["opset"], manifest.threads) == (10, "13", 1)
+    assert export(tiny, EXPORT, out, options=options).targets[0].already_done
+    refused = export(tiny, EXPORT, out).targets[0]
+    assert (refused.ok, refused.exit_code) == (False, 2)
+    assert "--force" in str(refused.error)
+    assert read_export(out / "onnx") == manifest
+    assert export(tiny, EXPORT, out, force=True).targets[0].ok
+    assert read_export(out / "onnx").max_length == 24
+
+
+def test_the_same_command_gives_the_same_bytes(tiny8: Path, tmp_path: Path) -> None:
+    digests = []
+    for name in ("a", "b"):
+        export(tiny8, EXPORT, tmp_path / name)
+        files = sorted((tmp_path / name).rglob("*"))
+        digests.append([digest_file(file) for file in files if file.is_file()])
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "message"),
+    [
+        (["onxx"], ExportOptions(), "unknown target 'onxx'"),
+        ([], ExportOptions(), "no target named"),
+        (EXPORT, ExportOptions(max_length=49), "--max-length 49: the model has 48 positions"),
+        (EXPORT, ExportOptions(max_length=1), "--max-length 1"),
+    ],
+)
+def test_bad_usage(
+    targets: list[str], options: ExportOptions, message: str, tiny: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        export(tiny, targets, tmp_path / "out", options=options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_names_its_reasons_and_writes_nothing(tiny8: Path, tmp_path: Path) -> None:
+    entry = export(tiny8, EXPORT, tmp_path / "out", options=ExportOptions(opset=13)).targets[0]
+    assert (entry.ok, entry.exit_code) == (False, 2)
+    assert "opset 13 is float32 only" in str(entry.error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "ckpt")
+    save_tokenizer(folder, [*VOCAB, "extra"])
+    with pytest.raises(CheckpointError, match="largest id is 57, the model's embedding has 57"):
+        export(folder, EXPORT, tmp_path / "out")
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "ckpt")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        export(folder, EXPORT, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_loses_the_model_is_not_written(tmp_path: Path) -> None:
+    """One huge activation channel takes the whole int8 range of its tensor from the others."""
+
+    def outlier(model: Encoder) -> None:
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            block.ffn.up.weight[3] *= 1e5
+            block.ffn.down.weight *= 5
+            block.ffn.down.weight[:, 3] = 0
+
+    folder = save_tiny(tmp_path / "ckpt", change=outlier)
+    assert export(folder, EXPORT, tmp_path / "float").targets[0].ok
+    quantize_weights(folder, LINEARS)
+    entry = export(folder, EXPORT, tmp_path / "out").targets[0]
+    assert (entry.ok, entry.exit_code) == (False, 1)
+    assert "dynamic_tensor" in str(entry.error)
+    assert "activation=dynamic_block" in str(entry.error)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def altered(folder: Path, initializer: str, byte: int) -> Path:
+    """Flip one bit of one initializer of an exported file."""
+    file = folder / read_export(folder).model_file
+    model = onnx.load(str(file))
+    tensor = next(t for t in model.graph.initializer if t.name == initializer)
+    raw = bytearray(tensor.raw_data)
+    raw[byte] ^= 0x20
+    tensor.raw_data = bytes(raw)
+    onnx.save(model, str(file))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("initializer", "block"),
+    [
+        ("encoder.layer.0.intermediate.dense.weight", "block.0"),
+        ("encoder.layer.1.attention.self.query|encoder.layer.1.attention.self.key|"
+         "encoder.layer.1.attention.self.value.weight", "block.1"),
+        ("classifier.weight", "head"),
+    ],
+)  # fmt: skip
+def test_parity_names_the_block_with_a_changed_weight(
+    initializer: str, block: str, tiny8: Path, tmp_path: Path
+) -> None:
+    export(tiny8, EXPORT, tmp_path / "out")
+    folder = tmp_path / "out" / "onnx"
+    ckpt, target = Checkpoint.open(tiny8), registry.load("targets", "onnx")
+    manifest = read_export(folder)
+    again = _parity.check_parity(ckpt, folder, manifest, target, Silent())
+    assert again == manifest.parity
+    # Byte 259: the exponent of a float, and the 260th of many int8 weights.
+    altered(folder, initializer, 259)
+    with pytest.raises(ParityError, match=f"'{block}' of the written file differs"):
+        _parity.check_parity(ckpt, folder, manifest, target, Silent())
+
+
+def test_low_agreement_fails_although_no_value_is_far_off(tiny8: Path, tmp_path: Path) -> None:
+    export(tiny8, EXPORT, tmp_path / "out")
+    manifest = read_export(tmp_path / "out" / "onnx").model_copy(update={"labels": []})
+    noise = np.random.default_rng(0)
+    wanted = (noise.choice([-1.0, 1.0], size=(20, 384)) / 384**0.5).astype(np.float32)
+    found = wanted + noise.uniform(-0.075, 0.075, wanted.shape).astype(np.float32)
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    with pytest.raises(ParityError, match=r"agrees with the checkpoint to 0\.\d+ only"):
+        _parity._judge(manifest, wanted, found, found, {})
+    assert _parity._judge(manifest, wanted, wanted, wanted, {}).output_max_abs == 0
+    with pytest.raises(ParityError, match="optimizer on differs from off"):
+        _parity._judge(manifest, wanted, wanted, -wanted, {})
+
+
+def test_a_killed_export_leaves_nothing_in_its_place_and_runs_again(
+    tiny: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from pocketglm.stages.export import export\n"
+        "class Kill:\n"
+        "    def say(self, text):\n"
+        "        if text.startswith('checking parity, block'): os.kill(os.getpid(), 9)\n"
+        "    def progress(self, *state): pass\n"
+        f"export(Path({str(tiny)!r}), ['onnx'], Path({str(tmp_path / 'out')!r}), reporter=Kill())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert os.listdir(tmp_path / "out") == ["onnx.partial"]
+    assert export(tiny, EXPORT, tmp_path / "out").targets[0].ok
+    assert os.listdir(tmp_path / "out") == ["onnx"]
+
+
+def test_the_real_minilm_equals_transformers(minilm: Path, tmp_path: Path) -> None:
+    entry = export(minilm, EXPORT, tmp_path / "out").targets[0]
+    assert entry.ok, entry.error
+    folder = tmp_path / "out" / "onnx"
+    encoded = Tokenizer.load(folder).encode(["a walk in the rain", "hello"], 32)
+    ids, mask = torch.from_numpy(encoded.ids), torch.from_numpy(encoded.mask)
+    model: Any = transformers.AutoModel.from_pretrained(minilm).eval()
+    with torch.inference_mode():
+        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    mean = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+    wanted = torch.nn.functional.normalize(mean).numpy()
+    assert np.abs(open_session(folder).logits(encoded.ids, encoded.mask) - wanted).max() < 1e-4
+
+
+def test_requests_differ_by_checkpoint(tiny: Path, tiny8: Path, tmp_path: Path) -> None:
+    export(tiny, EXPORT, tmp_path / "out")
+    other = export(tiny8, EXPORT, tmp_path / "out").targets[0]
+    assert (other.ok, other.exit_code) == (False, 2)
