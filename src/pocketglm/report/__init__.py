@@ -1,0 +1,1 @@
+"""L4: Proof to HTML, Markdown and model card; pure functions."""

@@ -1,0 +1,167 @@
+"""The model card (`README.md`) of a proved export: Markdown with the front matter that hubs read.
+
+Every number comes from the Proof, with its n and interval; what is not known is said to be unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from pocketglm.artifacts.proof import Proof
+from pocketglm.report import _format, markdown
+from pocketglm.report.markdown import cell
+
+# What Transformers.js calls the precision, by the name of the file it opens.
+_DTYPES = {"model": "fp32", "model_quantized": "q8", "model_q4": "q4"}
+_USES = {
+    "intent": "Finds the intent of one short utterance among its fixed labels, on the device.",
+    "embed": "Turns a short text into a unit-length embedding, for search and clustering on the "
+    "device.",
+}
+
+
+def render(proof: Proof) -> str:
+    """The whole card."""
+    name = str(proof.candidate.get("name", "model"))
+    sections = [
+        _front_matter(proof),
+        f"# {cell(name)}",
+        f"{cell(_format.precision(proof.candidate))}, made and measured with PocketGLM. "
+        f"Verdict of its proof: **{proof.verdict}**.",
+        _about(proof),
+        "## Measured\n\n"
+        f"Against {cell(_format.precision(proof.baseline))} "
+        f"({cell(proof.baseline.get('name', ''))}), {int(proof.data.get('n', 0)):,} test rows of "
+        f"{cell(proof.data.get('path', ''))} (sha256 {str(proof.data.get('digest', ''))[:12]}).\n\n"
+        + markdown.table(proof).rstrip(),
+        _use(proof),
+        _run(proof),
+        _provenance(proof),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(proof: Proof) -> str:
+    side = proof.candidate
+    target = str(side.get("target", ""))
+    head: dict[str, Any] = {"license": side.get("license") or "unknown"}
+    if proof.data.get("language"):
+        head["language"] = proof.data["language"]
+    if side.get("base_model"):
+        head["base_model"] = side["base_model"]
+    if target == "onnx":
+        head["library_name"] = "transformers.js"
+    head["pipeline_tag"] = (
+        "text-classification" if proof.task == "intent" else "sentence-similarity"
+    )
+    head["tags"] = [
+        t for t in (target, str(side.get("precision", "")), proof.task, "pocketglm") if t
+    ]
+    text = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+    return f"---\n{text}---"
+
+
+def _about(proof: Proof) -> str:
+    side = proof.candidate
+    labels: Sequence[str] = side.get("labels", [])
+    rows = [
+        ("base model", side.get("base_model") or "unknown"),
+        ("licence", side.get("license") or "unknown: ask whoever made the base model"),
+        ("precision", side.get("precision", "")),
+        ("model file", f"{side.get('model_file', '')}, {_megabytes(side.get('model_bytes'))}"),
+        ("maximum length", f"{side.get('max_length', '')} tokens; longer texts are cut"),
+        ("pooling", side.get("pooling") or "none"),
+        ("activations", side.get("activation") or "none"),
+        ("labels", f"{len(labels)}: {_list(labels)}" if labels else "none: it gives embeddings"),
+    ]
+    lines = [f"| {key} | {cell(value)} |" for key, value in rows]
+    return "| | |\n|---|---|\n" + "\n".join(lines)
+
+
+def _megabytes(count: Any) -> str:
+    return _format.megabytes(float(count)) if count else "size unknown"
+
+
+def _list(labels: Sequence[str], most: int = 40) -> str:
+    more = f", and {len(labels) - most} more" if len(labels) > most else ""
+    return ", ".join(labels[:most]) + more
+
+
+def _use(proof: Proof) -> str:
+    use = _USES.get(proof.task, f"Made for the task {cell(proof.task)}.")
+    return (
+        f"## Intended use\n\n{use} The numbers above hold for texts like those of the test rows; "
+        "other languages, longer texts and other wording were not measured. It is not meant for "
+        "decisions about people."
+    )
+
+
+def _run(proof: Proof) -> str:
+    if proof.candidate.get("target") != "onnx":
+        return "## Run\n\n```sh\npocketglm run ./model 'your text'\n```"
+    file = str(proof.candidate.get("model_file", "onnx/model.onnx"))
+    dtype = _DTYPES.get(PurePosixPath(file).stem, "fp32")
+    labels = bool(proof.candidate.get("labels"))
+    return (
+        "## Run\n\n`./model` is the exported folder.\n\n```sh\npocketglm run ./model 'your text'\n"
+        f"```\n\nONNX Runtime:\n\n```python\n{_python(file, labels)}```\n\n"
+        f"Transformers.js:\n\n```js\n{_script(dtype, labels)}```"
+    )
+
+
+def _python(file: str, labels: bool) -> str:
+    last = (
+        'config = json.loads(Path("model/config.json").read_text())\n'
+        'print(config["id2label"][str(int(output[0].argmax()))])\n'
+        if labels
+        else "print(output[0])  # unit length\n"
+    )
+    imports = "import json\nfrom pathlib import Path\n\n" if labels else ""
+    return (
+        f"{imports}import numpy as np\nimport onnxruntime\nfrom tokenizers import Tokenizer\n\n"
+        'row = Tokenizer.from_file("model/tokenizer.json").encode("your text")\n'
+        f'session = onnxruntime.InferenceSession("model/{file}")\n'
+        "(output,) = session.run(None, {\n"
+        '    "input_ids": np.array([row.ids], np.int64),\n'
+        '    "attention_mask": np.array([row.attention_mask], np.int64),\n})\n' + last
+    )
+
+
+def _script(dtype: str, labels: bool) -> str:
+    if labels:
+        return (
+            'import { env, pipeline } from "@huggingface/transformers";\n\n'
+            'env.localModelPath = "./";\nenv.allowRemoteModels = false;\n'
+            'const classify = await pipeline("text-classification", "model", '
+            f'{{ dtype: "{dtype}" }});\n'
+            'console.log(await classify("your text"));\n'
+        )
+    return (
+        'import { AutoModel, AutoTokenizer, env } from "@huggingface/transformers";\n\n'
+        'env.localModelPath = "./";\nenv.allowRemoteModels = false;\n'
+        'const tokenizer = await AutoTokenizer.from_pretrained("model");\n'
+        f'const model = await AutoModel.from_pretrained("model", {{ dtype: "{dtype}" }});\n'
+        'const { sentence_embedding } = await model(await tokenizer(["your text"]));\n'
+        "console.log(sentence_embedding.tolist());\n"
+    )
+
+
+def _provenance(proof: Proof) -> str:
+    lineage: Sequence[Mapping[str, Any]] = proof.candidate.get("lineage", [])
+    lines = []
+    for index, step in enumerate(lineage, 1):
+        settings = ", ".join(f"{k}={v}" for k, v in (step.get("settings") or {}).items())
+        parent = f" from {str(step['parent'])[:12]}" if step.get("parent") else ""
+        lines.append(f"{index}. {cell(step.get('method', ''))}{parent}: {cell(settings) or '-'}")
+    steps = "\n".join(lines) or "No step is recorded."
+    return (
+        f"## Provenance\n\n{steps}\n\n"
+        f"- export: sha256 {cell(proof.candidate.get('digest', 'unknown'))}\n"
+        f"- checkpoint: sha256 {cell(proof.candidate.get('checkpoint', 'unknown'))}\n"
+        f"- baseline: sha256 {cell(proof.baseline.get('digest', 'unknown'))}\n"
+        f"- test rows: sha256 {cell(proof.data.get('digest', 'unknown'))}"
+    )

@@ -1,0 +1,47 @@
+"""`report.md`: the verdict and the claims as plain Markdown, for a terminal or a pull request."""
+
+from __future__ import annotations
+
+from pocketglm.artifacts.proof import Proof
+from pocketglm.report import _format
+
+
+def render(proof: Proof) -> str:
+    """A title with the verdict, one line on what was compared, the table of claims."""
+    name = cell(proof.candidate.get("name", "export"))
+    return (
+        f"# {_format.WORDS[proof.verdict]}: {name}\n\n"
+        f"{cell(_format.precision(proof.candidate))} against "
+        f"{cell(_format.precision(proof.baseline))}, task {cell(proof.task)}, "
+        f"{int(proof.data.get('n', 0)):,} test rows of {cell(proof.data.get('path', ''))}, "
+        f"{cell(proof.created)}.\n\n{table(proof)}"
+    )
+
+
+def table(proof: Proof) -> str:
+    """Every claim in one row: sides, value, interval, n, limit, verdict; then the devices."""
+    lines = [
+        "| claim | before \u2192 after | value | 95 % interval | n | limit | verdict |",
+        "|---|---|---:|---|---:|---|---|",
+    ]
+    for claim in proof.claims:
+        cells = [
+            claim.title,
+            _format.sides(claim),
+            _format.quantity(claim.value, claim.unit),
+            _format.interval(claim),
+            f"{claim.n:,}",
+            _format.limit(claim),
+            claim.verdict,
+        ]
+        lines.append("| " + " | ".join(cell(text) for text in cells) + " |")
+    devices = sorted({claim.device for claim in proof.claims})
+    return "\n".join(lines) + f"\n\nMeasured on: {cell('; '.join(devices))}.\n"
+
+
+def cell(value: object) -> str:
+    """Text that cannot break out of a table cell, or become markup."""
+    text = " ".join(str(value).split())
+    for sign in "\\`*_[]<>|":
+        text = text.replace(sign, "\\" + sign)
+    return text

@@ -1,0 +1,217 @@
+"""One model in a process of its own: load time, latency of single calls, peak memory.
+
+    python -m pocketglm.stages._measure PATH BATCH TOKENS [THREADS]
+
+The process opens the model, tells what it is, then answers one JSON line per line it reads:
+`{"runs": k}` or `{"seconds": s}` -> latencies in ms. At the end of its input it tells its peak
+memory. `Worker` is the other side. Nothing here imports torch, so the peak of an exported model is
+that of Python, the runtime and the model alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, cast
+
+import numpy as np
+
+from pocketglm.artifacts.checkpoint import read_json
+from pocketglm.contracts import EncoderSession, Ids, RunOptions
+from pocketglm.errors import InputError, MissingExtraError, PocketError, UsageError, WorkError
+from pocketglm.runtimes import open_session
+
+
+def peak_rss() -> int:
+    """Peak resident memory of this process in bytes.
+
+    Linux: VmHWM. `ru_maxrss` starts at the parent's peak there, because exec keeps it.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def sample(path: Path, batch: int, tokens: int) -> tuple[Ids, Ids]:
+    """Random ids of the model's vocabulary and a full mask, both [batch, tokens]."""
+    size = int(read_json(path / "config.json").get("vocab_size", 2))
+    ids = np.random.default_rng(0).integers(0, size, (batch, tokens), np.int64)
+    return ids, np.ones_like(ids)
+
+
+def timed(session: EncoderSession, ids: Ids, mask: Ids, runs: int, seconds: float) -> list[float]:
+    """Milliseconds of each call: at least `runs` calls, and going on for `seconds`."""
+    out: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(out) < runs or time.perf_counter() < end:
+        start = time.perf_counter()
+        session.logits(ids, mask)
+        out.append((time.perf_counter() - start) * 1e3)
+    return out
+
+
+def serve(path: Path, batch: int, tokens: int, threads: int | None, answers: IO[str]) -> None:
+    """The process's whole life; see the module's docstring."""
+
+    def answer(**value: Any) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    before = peak_rss()
+    start = time.perf_counter()
+    session = open_session(path, RunOptions(threads=threads))
+    load = (time.perf_counter() - start) * 1e3
+    if tokens > session.info.max_length:
+        raise UsageError(
+            f"{path} takes at most {session.info.max_length} tokens, asked for {tokens}",
+            f"use --tokens {session.info.max_length} or fewer",
+        )
+    ids, mask = sample(path, batch, tokens)
+    first = timed(session, ids, mask, 1, 0.0)[0]
+    answer(runtime=session.info.runtime, load_ms=load, first_ms=first, base_rss=before)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        runs, seconds = int(asked.get("runs", 1)), float(asked.get("seconds", 0.0))
+        answer(ms=timed(session, ids, mask, runs, seconds))
+    session.close()
+    answer(peak_rss=peak_rss())
+
+
+def main(arguments: list[str]) -> int:
+    """Entry of the process; an error is told as JSON and in the exit code."""
+    # Libraries print to stdout; the answers get a descriptor of their own.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    path, batch, tokens = Path(arguments[0]), int(arguments[1]), int(arguments[2])
+    threads = int(arguments[3]) if len(arguments) > 3 else None
+    try:
+        serve(path, batch, tokens, threads, answers)
+    except PocketError as error:
+        told = {"message": error.message, "hint": error.hint, "code": error.exit_code}
+        answers.write(json.dumps({"error": told}) + "\n")
+        answers.flush()
+        return error.exit_code
+    return 0
+
+
+# --- the other side ----------------------------------------------------------------------------
+
+
+@dataclass
+class Worker:
+    """A model held open in a fresh process. `close` returns the process's peak memory.
+
+    path: an export or checkpoint folder. Latencies in milliseconds, memory in bytes.
+    """
+
+    path: Path
+    batch: int = 1
+    tokens: int = 32
+    threads: int | None = None
+    runtime: str = ""
+    load_ms: float = 0.0
+    first_ms: float = 0.0
+    base_rss: int = 0
+    _process: subprocess.Popen[str] = field(init=False, repr=False)
+    _asks: IO[str] = field(init=False, repr=False)
+    _answers: IO[str] = field(init=False, repr=False)
+    _errors: IO[str] = field(init=False, repr=False)
+
+    def __enter__(self) -> Worker:
+        command = [sys.executable, "-m", "pocketglm.stages._measure", str(self.path)]
+        command += [str(self.batch), str(self.tokens)]
+        command += [str(self.threads)] if self.threads else []
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            encoding="utf-8",
+        )
+        self._asks = cast(IO[str], self._process.stdin)
+        self._answers = cast(IO[str], self._process.stdout)
+        try:
+            ready = self._read()
+        except BaseException:
+            self._kill()
+            raise
+        self.runtime = str(ready["runtime"])
+        self.load_ms, self.first_ms = float(ready["load_ms"]), float(ready["first_ms"])
+        self.base_rss = int(ready["base_rss"])
+        return self
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    def run(self, runs: int = 1, seconds: float = 0.0) -> list[float]:
+        """Latencies of at least `runs` calls, going on for `seconds`.
+
+        Raises:
+            WorkError: the process died.
+        """
+        with contextlib.suppress(BrokenPipeError):  # it died; reading tells why
+            self._asks.write(json.dumps({"runs": runs, "seconds": seconds}) + "\n")
+            self._asks.flush()
+        return [float(value) for value in self._read()["ms"]]
+
+    def close(self) -> int:
+        """End the process and return its peak resident memory in bytes."""
+        self._asks.close()
+        peak = int(self._read()["peak_rss"])
+        self._process.wait()
+        return peak
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._kill()
+
+    def _read(self) -> dict[str, Any]:
+        line = self._answers.readline()
+        if not line:
+            code = self._process.wait()
+            self._errors.seek(0)
+            said = self._errors.read().strip().splitlines()
+            raise WorkError(
+                f"the measuring process of {self.path} ended with code {code}"
+                + (f": {said[-1]}" if said else ""),
+                "is there enough memory? try it alone: pocketglm run " + str(self.path),
+            )
+        value: dict[str, Any] = json.loads(line)
+        if "error" in value:
+            told = value["error"]
+            kinds: dict[int, type[PocketError]] = {2: InputError, 3: MissingExtraError}
+            raise kinds.get(told["code"], WorkError)(told["message"], told["hint"])
+        return value
+
+    def _kill(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        for stream in (self._asks, self._answers, self._errors):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

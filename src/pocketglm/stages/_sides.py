@@ -1,0 +1,115 @@
+"""One of the two exports that a proof compares: what it is, and where its bytes are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pocketglm.artifacts.checkpoint import model_folder, read_json
+from pocketglm.artifacts.export import ExportManifest, check_files, read_export
+from pocketglm.artifacts.manifest import digest_value
+from pocketglm.contracts import Scores
+from pocketglm.stages._timing import Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two exports."""
+
+    path: Path
+    name: str
+    manifest: ExportManifest
+
+    @property
+    def digest(self) -> str:
+        files = {name: entry.sha256 for name, entry in self.manifest.files.items()}
+        return digest_value(files)
+
+    @property
+    def folder_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.manifest.files.values())
+
+
+def open_side(path: Path) -> Side:
+    folder = model_folder(path)
+    manifest = read_export(folder)
+    check_files(folder, manifest)
+    where = folder.resolve()
+    name = where.parent.name if where.name == manifest.target else where.name
+    return Side(folder, name, manifest)
+
+
+def describe(side: Side, timings: Timings, scores: Scores) -> dict[str, Any]:
+    manifest = side.manifest
+    made = {"method": "export", "settings": {"target": manifest.target, **manifest.minimum}}
+    return {
+        "name": side.name,
+        "path": str(side.path),
+        "target": manifest.target,
+        "runtime": manifest.runtime,
+        "precision": manifest.precision,
+        "model_file": manifest.model_file,
+        "model_bytes": model_bytes(manifest),
+        "folder_bytes": side.folder_bytes,
+        "parts": parts_of(manifest),
+        "digest": side.digest,
+        "checkpoint": manifest.checkpoint,
+        "lineage": [*(step.model_dump(mode="json") for step in manifest.lineage), made],
+        "labels": manifest.labels,
+        "pooling": manifest.pooling,
+        "max_length": manifest.max_length,
+        "activation": manifest.activation,
+        "p50_ms": float(np.percentile(timings.samples, 50)),
+        "p99_ms": float(np.percentile(timings.samples, 99)),
+        "load_ms": float(np.median(timings.loads)),
+        "peak_rss_bytes": int(np.median(timings.peaks)),
+        "metrics": {
+            name: {"value": m.value, "n": m.n, "low": m.low, "high": m.high}
+            for name, m in scores.metrics.items()
+        },
+        **source_of(side.path),
+    }
+
+
+def source_of(folder: Path) -> dict[str, str]:
+    """Licence and base model, where the folder says so."""
+    found: dict[str, str] = {}
+    readme = folder / "README.md"
+    if readme.is_file():
+        head = readme.read_text(encoding="utf-8", errors="replace").split("---", 2)
+        try:
+            value = yaml.safe_load(head[1]) if len(head) == 3 and not head[0].strip() else None
+        except yaml.YAMLError:
+            value = None
+        if isinstance(value, dict):
+            found = {k: str(value[k]) for k in ("license", "base_model") if value.get(k)}
+    if (folder / "config.json").is_file():
+        name = str(read_json(folder / "config.json").get("_name_or_path") or "")
+        if name.count("/") == 1 and not name.startswith(("/", ".")):
+            found.setdefault("base_model", name)
+    return found
+
+
+def model_bytes(manifest: ExportManifest) -> int:
+    """Bytes of the model file and of data files beside it that carry its name."""
+    name = manifest.model_file
+    return sum(e.bytes for file, e in manifest.files.items() if file == name or _data(file, name))
+
+
+def _data(file: str, name: str) -> bool:
+    return file.startswith((f"{name}.", f"{name}_"))
+
+
+def parts_of(manifest: ExportManifest) -> dict[str, int]:
+    """Bytes by embedding / attention / ffn / head / other; they add up to `model_bytes`.
+
+    The graph itself is "other". Empty where the target does not tell.
+    """
+    if not manifest.parameters:
+        return {}
+    rest = model_bytes(manifest) - sum(manifest.parameters.values())
+    return {**manifest.parameters, "other": manifest.parameters.get("other", 0) + rest}

@@ -1,0 +1,112 @@
+"""Describes a checkpoint, an export or a proof from its headers and manifests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.artifacts.export import check_files, is_export, read_export
+from pocketglm.artifacts.manifest import digest_file, digest_value
+from pocketglm.artifacts.proof import PROOF, read_proof
+from pocketglm.artifacts.schemas import InspectResult
+from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.model.hf import check_tensors, labels_of, max_length_of, role_of, spec_of
+from pocketglm.ops.stored import parameter_counts, precision_of
+from pocketglm.stages._upstream import opens_in_transformers
+
+
+def inspect_path(folder: Path, *, verify: bool = False) -> InspectResult:
+    """What `folder` is. `verify` compares an export's files with their sha256.
+
+    Raises:
+        CheckpointError: it is no artifact, or it contradicts itself.
+    """
+    if is_export(folder):
+        return _export(folder, verify)
+    if (folder / PROOF).is_file():
+        return _proof(folder)
+    return _checkpoint(folder)
+
+
+def describe(scheme: TensorScheme) -> str:
+    """A scheme in one line, e.g. 'int8 per channel, symmetric, dynamic_tensor'."""
+    group = "per channel" if scheme.group_size is None else f"group {scheme.group_size}"
+    sign = "symmetric" if scheme.symmetric else "asymmetric"
+    return f"int{scheme.bits} {group}, {sign}, activations {scheme.activation}"
+
+
+def _count(schemes: dict[str, TensorScheme]) -> dict[str, int]:
+    found = [describe(scheme) for scheme in schemes.values()]
+    return {name: found.count(name) for name in sorted(set(found))}
+
+
+def _checkpoint(folder: Path) -> InspectResult:
+    ckpt = Checkpoint.open(folder)
+    check_tensors(ckpt)
+    spec = spec_of(ckpt)
+    parts: dict[str, int] = {}
+    for name, info in ckpt.tensors.items():
+        role = role_of(name)
+        parts[role] = parts.get(role, 0) + info.nbytes
+    return InspectResult(
+        path=str(folder),
+        kind="checkpoint",
+        architecture=(ckpt.config.get("architectures") or [str(ckpt.config["model_type"])])[0],
+        parameters=sum(parameter_counts(ckpt).values()),
+        bytes=ckpt.nbytes,
+        precision=precision_of(ckpt),
+        hidden_size=spec.hidden_size,
+        layers=spec.num_layers,
+        heads=spec.num_heads,
+        vocab_size=spec.vocab_size,
+        max_length=max_length_of(ckpt),
+        pooling=spec.pooling,
+        head=spec.head,
+        labels=labels_of(ckpt),
+        parts=parts,
+        schemes=_count(ckpt.manifest.schemes),
+        opens_in=_opens_in(ckpt),
+        digest=ckpt.digest(),
+        lineage=ckpt.manifest.lineage,
+    )
+
+
+def _opens_in(ckpt: Checkpoint) -> dict[str, str]:
+    upstream = opens_in_transformers(ckpt)
+    vllm = "no, its model_type is unknown there"
+    if upstream.startswith("yes"):
+        vllm = "by format; not run here"
+    return {"transformers": upstream, "vLLM": vllm}
+
+
+def _export(folder: Path, verify: bool) -> InspectResult:
+    manifest = read_export(folder)
+    if verify:
+        check_files(folder, manifest)
+    shown = {"target", "runtime", "model_file", "inputs", "outputs", "operators", "minimum"}
+    return InspectResult(
+        path=str(folder),
+        kind="export",
+        bytes=sum(entry.bytes for entry in manifest.files.values()),
+        precision=manifest.precision,
+        max_length=manifest.max_length,
+        pooling=manifest.pooling,
+        labels=manifest.labels,
+        parts=manifest.parameters,
+        schemes=_count(manifest.schemes),
+        opens_in={manifest.runtime: "yes"},
+        digest=digest_value({name: entry.sha256 for name, entry in manifest.files.items()}),
+        lineage=manifest.lineage,
+        export=manifest.model_dump(mode="json", include=shown | {"parity"}),
+    )
+
+
+def _proof(folder: Path) -> InspectResult:
+    proof = read_proof(folder)
+    return InspectResult(
+        path=str(folder),
+        kind="proof",
+        bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        digest=digest_file(folder / PROOF),
+        proof=proof.model_dump(mode="json", include={"verdict", "claims", "task", "device"}),
+    )

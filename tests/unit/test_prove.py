@@ -1,0 +1,397 @@
+"""`prove` end to end on a tiny real classifier, and its claims as pure functions."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pocketglm.artifacts.export import read_export
+from pocketglm.artifacts.manifest import Manifest
+from pocketglm.artifacts.proof import Claim, read_proof
+from pocketglm.artifacts.schemas import ProveResult
+from pocketglm.contracts import DataOptions, Scores, Silent
+from pocketglm.data.tokenizer_training import save_tokenizer, train_wordpiece
+from pocketglm.errors import CheckpointError, InputError, OutputExistsError, UsageError
+from pocketglm.eval._run import logits_of
+from pocketglm.eval.intent import intent_scores
+from pocketglm.model.encoder import init_encoder, with_classifier
+from pocketglm.model.hf import save_encoder
+from pocketglm.model.spec import EncoderSpec
+from pocketglm.runtimes import open_session
+from pocketglm.stages import _claims, _timing
+from pocketglm.stages._claims import Builder, Gates
+from pocketglm.stages._measure import Worker
+from pocketglm.stages._sides import model_bytes, parts_of, source_of
+from pocketglm.stages._timing import Timings
+from pocketglm.stages.export import export
+from pocketglm.stages.prove import exit_code, prove
+from pocketglm.text.tokenizer import Tokenizer
+
+LABELS = ["alarm", "music", "oos", "weather"]
+WORDS = ["set", "alarm", "play", "music", "will", "it", "rain", "stop", "song", "wake", "me", "at"]
+BUILD = Builder("Test CPU")
+
+
+def texts_of(count: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS, 4)) for _ in range(count)]
+
+
+def save(folder: Path, *, oos_bias: float = 0.0, head: bool = True) -> None:
+    """A random model whose classes are about equally frequent; `oos_bias` makes it worse."""
+    tokenizer = train_wordpiece(texts_of(200), 120)
+    spec = EncoderSpec(tokenizer.get_vocab_size(), 16, 2, 4, 24, max_position_embeddings=24)
+    model = init_encoder(spec, 1)
+    if head:
+        model = with_classifier(model, len(LABELS), "mean", seed=2)
+        rows = [torch.tensor([tokenizer.encode(t).ids]) for t in texts_of(200)]
+        with torch.no_grad():
+            assert model.classifier is not None
+            logits = torch.cat([model(ids, torch.ones_like(ids)) for ids in rows])
+            model.classifier.weight.div_(logits.std(0)[:, None])
+            model.classifier.bias.sub_((logits / logits.std(0)).mean(0))
+            model.classifier.bias[LABELS.index("oos")].add_(oos_bias)
+    labels = LABELS if head else []
+    save_encoder(model, folder, source=None, labels=labels, manifest=Manifest(task="intent"))
+    save_tokenizer(tokenizer, folder, 24)
+
+
+@dataclass(frozen=True)
+class World:
+    good: Path
+    good_export: Path
+    bad_export: Path
+    data: DataOptions
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Two classifiers, their exports, and 120 rows that the good one labels without a mistake."""
+    root = tmp_path_factory.mktemp("prove")
+    save(root / "good")
+    save(root / "bad", oos_bias=1.5)
+    for name in ("good", "bad"):
+        assert export(root / name, ["onnx"], root / f"{name}-export").targets[0].ok
+    texts = texts_of(120)
+    session = open_session(root / "good")
+    best = logits_of(session, Tokenizer.load(root / "good"), texts).argmax(1)
+    file = root / "rows.jsonl"
+    rows = [{"text": t, "label": LABELS[b]} for t, b in zip(texts, best, strict=True)]
+    assert {row["label"] for row in rows} == set(LABELS)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return World(
+        root / "good",
+        root / "good-export" / "onnx",
+        root / "bad-export" / "onnx",
+        DataOptions(file),
+    )
+
+
+def claims_of(result: ProveResult) -> dict[str, Claim]:
+    return {claim.metric: claim for claim in result.claims}
+
+
+def test_a_model_against_itself(world: World, tmp_path: Path) -> None:
+    gates = Gates(max_accuracy_drop=10, max_oos_recall_drop=0, min_speedup=50, max_size_mb=10)
+    out = tmp_path / "proof"
+    result = prove(
+        world.good_export, world.good, "intent", world.data, out, gates=gates, threads=1, pairs=7
+    )
+    claims = claims_of(result)
+    drop = claims["accuracy_drop"]
+    assert (drop.value, drop.verdict) == (0, "pass")
+    assert drop.high == pytest.approx(300 / drop.n)
+    assert (drop.baseline, drop.candidate) == (100, 100)
+    assert claims["accuracy_all_drop"].n == 120
+    assert drop.n + claims["oos_recall_drop"].n == 120
+    # No difference on a few rows does not prove that there is none at all.
+    assert claims["oos_recall_drop"].verdict == "inconclusive"
+    assert claims["flips"].value == 0
+    assert claims["size_ratio"].value == 1
+    assert claims["size"].verdict == "pass"
+    assert 0.2 < claims["speedup"].value < 5
+    assert claims["speedup"].verdict == "fail"
+    assert claims["peak_memory"].n == 3
+    assert claims["peak_memory"].value < 400
+    assert (result.verdict, exit_code(result)) == ("fail", 1)
+
+    assert not (tmp_path / "proof.partial").exists()
+    assert sorted(f.name for f in out.iterdir()) == [
+        "README.md", "proof.json", "report.html", "report.md",
+    ]  # fmt: skip
+    proof = read_proof(out)
+    assert proof.claims == result.claims
+    assert proof.baseline["precision"] == "fp32"
+    assert (proof.baseline["name"], proof.candidate["name"]) == ("good", "good-export")
+    assert sum(proof.candidate["parts"].values()) == proof.candidate["model_bytes"]
+    assert proof.details["confusions"] == []
+    assert len(proof.details["latency"]["candidate"]) >= 70
+    command = proof.details["command"]
+    assert "--min-speedup 50.0" in command
+    assert "--threads 1" in command
+    assert "--oos-label" not in command
+
+    again = prove(
+        world.good_export, world.good, "intent", world.data, out, gates=gates, threads=1, pairs=7
+    )
+    assert again.already_done
+    assert again.claims == result.claims
+    with pytest.raises(OutputExistsError):
+        prove(world.good_export, world.good, "intent", world.data, out, pairs=7)
+
+
+def test_a_worse_model_fails_with_evidence(world: World, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Told(Silent):
+        def say(self, text: str) -> None:
+            told.append(text)
+
+    result = prove(
+        world.bad_export, world.good_export, "intent", world.data, tmp_path / "p",
+        gates=Gates(max_accuracy_drop=1.0), threads=1, pairs=7, reporter=Told(),
+    )  # fmt: skip
+    drop = claims_of(result)["accuracy_drop"]
+    assert drop.verdict == "fail"
+    assert 1 < drop.low < drop.value < drop.high
+    assert exit_code(result) == 1
+    details = read_proof(tmp_path / "p").details
+    worst = details["confusions"][0]
+    assert worst["predicted"] == "oos"
+    assert worst["after"] > worst["before"] == 0
+    assert 1 <= len(worst["examples"]) <= 3
+    assert details["flips"]["to_wrong"] == details["flips"]["changed"] > 0
+    assert details["classes"][0]["candidate"] < details["classes"][0]["baseline"]
+    page = (tmp_path / "p" / "report.html").read_text()
+    assert worst["examples"][0] in page
+    assert any("scoring" in line for line in told)
+
+
+def test_embeddings(tmp_path: Path) -> None:
+    save(tmp_path / "embedder", head=False)
+    assert export(tmp_path / "embedder", ["onnx"], tmp_path / "e").targets[0].ok
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    rows = [{"text": t, "label": t.split()[0]} for t in texts_of(60)]
+    for split, part in (("train", rows[:40]), ("test", rows[40:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    result = prove(
+        tmp_path / "e" / "onnx", tmp_path / "embedder", "embed", DataOptions(folder),
+        tmp_path / "p", gates=Gates(max_accuracy_drop=16), threads=1, pairs=7,
+    )  # fmt: skip
+    claims = claims_of(result)
+    assert claims["nn_accuracy_drop"].verdict == result.verdict == "pass"
+    assert claims["cosine"].value == pytest.approx(1, abs=1e-6)
+    assert claims["cosine_min"].value <= claims["cosine"].value
+    assert "macro_f1_drop" not in claims
+    assert exit_code(result) == 0
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+def test_bad_input_leaves_nothing(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "p"
+
+    def run(**change: Any) -> None:
+        arguments: dict[str, Any] = {
+            "export": world.good_export,
+            "baseline": world.good_export,
+            "task": "intent",
+            "data": world.data,
+            "out": out,
+        } | change
+        prove(**arguments)
+
+    with pytest.raises(UsageError, match="--pairs 3 is too few"):
+        run(pairs=3)
+    with pytest.raises(CheckpointError, match="not an export"):
+        run(export=world.good)
+    with pytest.raises(UsageError, match="unknown task 'intend'"):
+        run(task="intend")
+    with pytest.raises(UsageError, match="does not exist"):
+        run(baseline=tmp_path / "nothing")
+    with pytest.raises(InputError):
+        run(data=DataOptions(tmp_path / "none.jsonl"))
+    with pytest.raises(UsageError, match="no test row has the label 'beyond'"):
+        run(
+            data=DataOptions(world.data.path, oos_label="beyond"),
+            gates=Gates(max_oos_recall_drop=1),
+        )
+    with pytest.raises(UsageError, match="'embed' has no out-of-scope recall"):
+        run(task="embed", gates=Gates(max_oos_recall_drop=1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_export_is_refused(world: World, tmp_path: Path) -> None:
+    copy = shutil.copytree(world.good_export, tmp_path / "copy")
+    with (copy / "config.json").open("a") as stream:
+        stream.write(" ")
+    with pytest.raises(CheckpointError, match="sha256 differs"):
+        prove(copy, world.good, "intent", world.data, tmp_path / "p")
+
+
+def edit(folder: Path, name: str, **fields: Any) -> None:
+    file = folder / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_models_that_cannot_be_compared(world: World, tmp_path: Path) -> None:
+    other = shutil.copytree(world.good_export, tmp_path / "other")
+    edit(other, "export.json", labels=["alarm", "jazz", "oos", "weather"])
+    with pytest.raises(UsageError, match="different labels"):
+        prove(other, world.good, "intent", world.data, tmp_path / "p")
+    edit(other, "export.json", labels=LABELS, runtime="other")
+    with pytest.raises(UsageError, match="runs in onnx, the candidate in other"):
+        prove(other, world.good_export, "intent", world.data, tmp_path / "p")
+    quantized = shutil.copytree(world.good, tmp_path / "quantized")
+    edit(quantized, "pocketglm.json", schemes={"x.weight": {"bits": 8}})
+    with pytest.raises(UsageError, match="is itself quantized"):
+        prove(world.good_export, quantized, "intent", world.data, tmp_path / "p")
+
+
+def test_an_inconclusive_proof_passes_only_if_allowed() -> None:
+    result = ProveResult(out="o", report="r", verdict="inconclusive", claims=[])
+    assert exit_code(result) == 1
+    assert exit_code(result, allow_inconclusive=True) == 0
+    assert exit_code(result.model_copy(update={"verdict": "stated"})) == 0
+
+
+# --- claims ------------------------------------------------------------------------------------
+
+
+def scores(predicted: list[int], gold: list[int]) -> Scores:
+    names = [LABELS[g] for g in gold]
+    texts = [f"text {index}" for index in range(len(gold))]
+    return intent_scores(names, np.array(predicted), LABELS, "oos", texts)
+
+
+def test_drops_are_baseline_minus_candidate_in_points() -> None:
+    gold = [0, 1, 3, 2] * 50
+    wrong = [g if i >= 20 else (g + 1) % 4 for i, g in enumerate(gold)]
+    claims = _claims.task_claims(BUILD, scores(gold, gold), scores(wrong, gold), Gates())
+    found = {c.metric: c for c in claims}
+    assert found["accuracy_drop"].value == pytest.approx(100 * 15 / 150)
+    assert found["oos_recall_drop"].value == pytest.approx(100 * 5 / 50)
+    assert found["accuracy_all_drop"].value == pytest.approx(10)
+    assert found["flips"].value == pytest.approx(10)
+    assert found["macro_f1_drop"].low < found["macro_f1_drop"].value < found["macro_f1_drop"].high
+    assert all(c.low < c.value < c.high for c in claims)
+    assert all(c.verdict == "stated" for c in claims)
+
+
+def test_without_out_of_scope_rows_there_is_one_accuracy() -> None:
+    gold = [0, 1, 3] * 5
+    claims = _claims.task_claims(
+        BUILD, scores(gold, gold), scores(gold, gold), Gates(max_accuracy_drop=0.1)
+    )
+    assert [c.metric for c in claims] == ["accuracy_drop", "macro_f1_drop", "flips"]
+    only_oos = _claims.task_claims(BUILD, scores([2], [2]), scores([2], [2]), Gates())
+    assert [c.metric for c in only_oos] == ["accuracy_drop", "macro_f1_drop", "flips"]
+
+
+@pytest.mark.parametrize(("n", "rank"), [(6, 1), (7, 1), (8, 1), (9, 2), (12, 3), (40, 14)])
+def test_median_interval_is_that_of_the_tables(n: int, rank: int) -> None:
+    """Ranks of the 95 % sign-test interval, as printed in tables of nonparametric statistics."""
+    values = np.random.default_rng(0).permutation(np.arange(1, n + 1, dtype=np.float64))
+    assert _claims.median_interval(values) == (rank, n + 1 - rank)
+    missed = 2 * sum(math.comb(n, k) for k in range(rank)) / 2**n
+    assert missed <= 0.05 < missed + 2 * math.comb(n, rank) / 2**n
+
+
+def test_median_interval_needs_six() -> None:
+    with pytest.raises(ValueError, match="needs 6 values, got 5"):
+        _claims.median_interval(np.arange(5, dtype=np.float64))
+
+
+def test_speed_and_memory_verdicts() -> None:
+    slow = Timings([[8.0, 8.2, 9.0]] * 9, [200_000_000] * 3, [50.0, 60.0, 70.0])
+    fast = Timings([[4.0, 4.1, 99.0]] * 9, [100_000_000, 110_000_000, 90_000_000], [9.0] * 3)
+    speed = {c.metric: c for c in _claims.speed_claims(BUILD, slow, fast, Gates(min_speedup=1.9))}
+    assert speed["speedup"].value == pytest.approx(2)
+    assert speed["speedup"].verdict == "pass"
+    assert (speed["latency_p50"].baseline, speed["latency_p50"].value) == (8.2, 4.1)
+    assert speed["load_time"].value == 9
+    memory = {
+        c.metric: c for c in _claims.memory_claims(BUILD, slow, fast, Gates(max_memory_mb=105))
+    }
+    assert memory["peak_memory"].verdict == "inconclusive"
+    assert memory["memory_ratio"].low == pytest.approx(200 / 110)
+    back = _claims.speed_claims(BUILD, fast, slow, Gates(min_speedup=1.9))
+    assert back[0].verdict == "fail"
+
+
+def test_size_verdicts() -> None:
+    gates = Gates(min_size_ratio=3.8, max_size_mb=20)
+    ratio, whole, size = _claims.size_claims(
+        BUILD, (90_000_000, 23_000_000), (92_000_000, 24_000_000), gates
+    )
+    assert ratio.verdict == "pass"
+    assert whole.verdict == "stated"
+    assert size.verdict == "fail"
+
+
+def test_cosine_interval_holds_the_mean() -> None:
+    mean, worst = _claims.cosine_claims(BUILD, np.array([1.0, 0.9, 0.95, 1.0]))
+    assert mean.low < mean.value < mean.high
+    assert worst.value == 0.9
+
+
+def test_confusions_count_only_what_got_worse() -> None:
+    gold = [0, 0, 0, 0, 1, 1]
+    before = scores([0, 0, 0, 1, 0, 1], gold)
+    after = scores([3, 3, 0, 1, 1, 1], gold)
+    assert _claims.confusions(before, after) == [
+        {"gold": "alarm", "predicted": "weather", "before": 0, "after": 2,
+         "examples": ["text 0", "text 1"]}
+    ]  # fmt: skip
+    assert _claims.flips(before, after) == {
+        "changed": 3, "to_wrong": 2, "to_right": 1, "wrong_to_wrong": 0,
+    }  # fmt: skip
+    assert [c["label"] for c in _claims.classes(before, after)] == ["alarm", "music"]
+    many = [0] * 20
+    assert len(_claims.confusions(scores(many, many), scores([1] * 20, many))[0]["examples"]) == 3
+
+
+def test_rounds_alternate(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    real = Worker.run
+
+    def spy(self: Worker, runs: int = 1, seconds: float = 0.0) -> list[float]:
+        order.append("a" if self.path == world.good_export else "b")
+        return real(self, runs, seconds)
+
+    monkeypatch.setattr(Worker, "run", spy)
+    monkeypatch.setattr(_timing, "PROCESSES", 1)
+    a, b = _timing.interleave(world.good_export, world.bad_export, 8, 1, 4, Silent())
+    assert "".join(order) == "ab" + "abbaabba"
+    assert len(a.rounds) == len(b.rounds) == 4
+    assert len(a.peaks) == len(a.loads) == 1
+
+
+def test_parts_add_up_to_the_file(world: World) -> None:
+    manifest = read_export(world.good_export)
+    parts = parts_of(manifest)
+    assert sum(parts.values()) == model_bytes(manifest)
+    assert all(size > 0 for size in parts.values())
+    assert parts["embedding"] > parts["head"]
+    assert parts_of(manifest.model_copy(update={"parameters": {}})) == {}
+
+
+def test_licence_and_base_model_are_read_where_they_are_stated(tmp_path: Path) -> None:
+    assert source_of(tmp_path) == {}
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: a/b\n---\nwords --- more")
+    (tmp_path / "config.json").write_text('{"_name_or_path": "c/d"}')
+    assert source_of(tmp_path) == {"license": "mit", "base_model": "a/b"}
+    (tmp_path / "README.md").write_text("---\n: [\n---\n")
+    assert source_of(tmp_path) == {"base_model": "c/d"}
+    (tmp_path / "config.json").write_text('{"_name_or_path": "/home/me"}')
+    assert source_of(tmp_path) == {}
