@@ -1,0 +1,111 @@
+"""`pocketglm VERB ...`: finds the verb's file, runs it, turns errors into exit codes.
+
+A verb is `cli/VERB.py` with `SPEC = function`; its help line is the first line of that file's
+docstring, read without importing it, so `pocketglm --help` loads neither torch nor a runtime.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+from pocketglm import __version__, registry
+from pocketglm.errors import DiskFullError, MemoryCeilingError, PocketError, WorkError
+
+_HERE = Path(__file__).parent
+_USAGE = """\
+PocketGLM makes a language model fit a phone, and proves what that cost.
+
+Usage: pocketglm VERB [OPTIONS]
+
+Verbs:
+{verbs}
+
+Options:
+  --help      This text; `pocketglm VERB --help` explains a verb.
+  --version   The version.
+  --debug     With any verb: show the traceback of an error.
+
+Exit codes: 0 ok, 1 a gate or parity failed, 2 bad usage or input, 3 an optional package is
+missing, 4 the work could not be done, 130 interrupted.
+"""
+
+
+def help_line(verb: str) -> str:
+    """First line of a verb's module docstring, without importing the module."""
+    tree = ast.parse((_HERE / f"{verb}.py").read_text(encoding="utf-8"))
+    return (ast.get_docstring(tree) or "").partition("\n")[0]
+
+
+def usage() -> str:
+    """The text of `pocketglm --help`."""
+    verbs = registry.names("cli")
+    width = max(map(len, verbs))
+    return _USAGE.format(verbs="\n".join(f"  {v:<{width}}  {help_line(v)}" for v in verbs))
+
+
+def command(verb: str) -> typer.Typer:
+    """The Typer application of one verb."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(name=verb, no_args_is_help=False)(registry.load("cli", verb))
+    return app
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Entry point; always ends with SystemExit."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    # Waiting OpenMP threads sleep. Where other programs share the cores, spinning ones made
+    # training over ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    if not args or args[0] in ("--help", "-h", "help"):
+        sys.stdout.write(usage())
+        sys.exit(0 if args else 2)
+    if args[0] == "--version":
+        print(f"pocketglm {__version__}")
+        sys.exit(0)
+    try:
+        app = command(args[0])
+        app(args=args[1:], prog_name=f"pocketglm {args[0]}")
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; the same command resumes where it can\n")
+        sys.exit(130)
+    except (PocketError, MemoryError, OSError) as error:
+        if debug:
+            raise
+        _fail(_explain(error), "--json" in args)
+    sys.exit(0)
+
+
+def _explain(error: PocketError | MemoryError | OSError) -> PocketError:
+    if isinstance(error, PocketError):
+        return error
+    if isinstance(error, MemoryError):
+        return MemoryCeilingError(f"out of memory: {error}", "use a smaller batch or model")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(f"no space left on the disk: {error}", "free some space, run it again")
+    return WorkError(f"{error.__class__.__name__}: {error}", "run again with --debug for details")
+
+
+def _fail(error: PocketError, as_json: bool) -> NoReturn:
+    if as_json:
+        value = {
+            "type": type(error).__name__,
+            "message": error.message,
+            "hint": error.hint,
+            "exit_code": error.exit_code,
+        }
+        print(json.dumps({"error": value}, ensure_ascii=False))
+    sys.stderr.write(f"error: {error.message}\n")
+    if error.hint:
+        sys.stderr.write(f"  try: {error.hint}\n")
+    sys.stderr.flush()
+    sys.exit(error.exit_code)

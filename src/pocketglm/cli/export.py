@@ -1,0 +1,61 @@
+"""Lower a checkpoint to the files that a runtime opens, and check that they agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pocketglm.cli._common import Force, Json, MaxLength, Out, Progressive, emit, megabytes, table
+from pocketglm.contracts import ExportOptions
+from pocketglm.stages.export import export
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    out: Out,
+    target: Annotated[str, typer.Option(help="Targets, separated by commas, e.g. onnx.")] = "onnx",
+    opset: Annotated[
+        int | None,
+        typer.Option(help="ONNX opset; 13 = standard operators only, for old devices (fp32)."),
+    ] = None,
+    max_length: MaxLength = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Thread count that the export records for its app.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write OUT/TARGET/ for every target; each that works is kept."""
+    targets = [name.strip() for name in target.split(",") if name.strip()]
+    options = ExportOptions(opset=opset, max_length=max_length, threads=threads)
+    with Progressive() as reporter:
+        result = export(checkpoint, targets, out, options=options, force=force, reporter=reporter)
+        for entry in result.targets:
+            if entry.error:
+                reporter.say(f"{entry.target}: {entry.error}")
+
+    def words() -> None:
+        rows = []
+        for entry in result.targets:
+            parity = entry.parity
+            rows.append(
+                [
+                    entry.target,
+                    "already done" if entry.already_done else "ok" if entry.ok else "failed",
+                    entry.precision,
+                    megabytes(entry.bytes) if entry.ok else "",
+                    f"{parity.output_max_abs:.2g} (limit {parity.tolerance:.2g})" if parity else "",
+                    entry.out or "",
+                ]
+            )
+        table("", ["target", "", "precision", "size", "worst difference", "folder"], rows)
+
+    emit(result, json, words)
+    code = max((entry.exit_code for entry in result.targets), default=0)
+    if code:
+        raise typer.Exit(code)
+
+
+SPEC = main

@@ -1,0 +1,81 @@
+"""What a folder is: size by part, precision, labels, lineage, and what opens it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pocketglm.artifacts.checkpoint import model_folder
+from pocketglm.artifacts.proof import PROOF
+from pocketglm.artifacts.schemas import InspectResult
+from pocketglm.cli._common import Json, emit, megabytes
+from pocketglm.stages.inspect import inspect_path
+
+
+def main(
+    path: Annotated[Path, typer.Argument(help="Checkpoint, export or proof folder.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also compare an export's files with their sha256.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Describe the artifact in PATH."""
+    result = inspect_path(model_folder(path), verify=verify)
+    emit(result, json, lambda: show(result))
+
+
+def show(result: InspectResult) -> None:
+    """The description as a person reads it."""
+    rows = [["kind", result.kind], ["bytes", f"{megabytes(result.bytes)} ({result.bytes:,})"]]
+    shapes = (
+        ("architecture", result.architecture),
+        ("parameters", f"{result.parameters:,}" if result.parameters else ""),
+        ("precision", result.precision),
+        ("layers x hidden x heads", _shape(result)),
+        ("vocabulary", f"{result.vocab_size:,}" if result.vocab_size else ""),
+        ("max length", str(result.max_length or "")),
+        ("pooling, head", ", ".join(filter(None, [result.pooling, result.head]))),
+        ("labels", _labels(result.labels)),
+    )
+    rows += [[name, value] for name, value in shapes if value]
+    rows += [[f"bytes of {part}", megabytes(size)] for part, size in result.parts.items() if size]
+    rows += [["scheme", f"{count} tensors {name}"] for name, count in result.schemes.items()]
+    rows += [[f"opens in {name}", answer] for name, answer in result.opens_in.items()]
+    rows += [
+        [f"step {index}", f"{step.method} {_settings(step.settings)}"]
+        for index, step in enumerate(result.lineage, 1)
+    ]
+    if result.export:
+        parity = result.export["parity"]
+        rows.append(["target", f"{result.export['target']} ({result.export['model_file']})"])
+        rows.append(["parity", f"{parity['output_max_abs']:.2g} over {parity['n']} rows"])
+    if result.proof:
+        rows.append(["verdict", f"{result.proof['verdict']} ({PROOF})"])
+    rows.append(["sha256", result.digest])
+    print(result.path)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    """The settings that are set; --json has them all."""
+    return ", ".join(f"{k}={v}" for k, v in settings.items() if v not in (None, [], False))
+
+
+def _shape(result: InspectResult) -> str:
+    if result.layers is None:
+        return ""
+    return f"{result.layers} x {result.hidden_size} x {result.heads}"
+
+
+def _labels(labels: list[str]) -> str:
+    if not labels:
+        return ""
+    shown = ", ".join(labels[:6])
+    return f"{len(labels)}: {shown}{', ...' if len(labels) > 6 else ''}"
+
+
+SPEC = main
