@@ -43,7 +43,8 @@ class ExportManifest(Config):
     """`kind`: encoder or decoder. `output`: the name of the graph's result.
 
     `parameters`: bytes of the weights in `model_file` by part: embedding, attention, ffn, ...
-    `max_length`: where texts are cut; the file computes no longer rows.
+    `max_length`: where texts are cut; the file computes no longer rows. `threads`: to open it with
+    unless the caller says otherwise; None: all usable cores.
     """
 
     format: Literal[1] = 1
@@ -61,6 +62,7 @@ class ExportManifest(Config):
     max_length: int
     vocab_size: int = 0
     activation: str = "none"
+    threads: int | None = None
     task: str | None = None
     schemes: dict[str, TensorScheme] = {}
     tokenizer_sha256: str
