@@ -75,9 +75,10 @@ def main(argv: list[str] | None = None) -> NoReturn:
     try:
         app = command(args[0])
         app(args=args[1:], prog_name=f"pocketglm {args[0]}")
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; the same command resumes where it can\n")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # Ctrl-C, as Typer ends it
+            sys.stderr.write("\ninterrupted; the same command resumes where it can\n")
+        raise
     except (PocketError, MemoryError, OSError) as error:
         if debug:
             raise
