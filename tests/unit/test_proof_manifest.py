@@ -49,6 +49,9 @@ def test_a_claim_must_say_how_it_was_measured(missing: str) -> None:
         ({"device": "  "}, "does not say on which device"),
         ({"low": 0.4, "high": 0.3}, "empty interval 0.4..0.3"),
         ({"low": float("nan")}, "empty interval nan..0.3"),
+        ({"value": float("nan")}, "has no value: nan"),
+        ({"limit": 1.0, "verdict": "stated"}, "exactly a claim with a limit"),
+        ({"limit": None, "verdict": "pass"}, "exactly a claim with a limit"),
     ],
 )
 def test_an_empty_claim_is_invalid(changes: dict[str, Any], words: str) -> None:
@@ -103,7 +106,8 @@ def test_verdict_is_symmetric_and_passing_never_gets_worse(
     ],
 )
 def test_the_worst_gate_decides(verdicts: list[str], expected: str) -> None:
-    assert overall([claim(verdict=v) for v in verdicts]) == expected
+    claims = [claim(verdict=v, limit=None if v == "stated" else 1.0) for v in verdicts]
+    assert overall(claims) == expected
 
 
 def proof() -> Proof:

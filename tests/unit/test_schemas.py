@@ -22,7 +22,7 @@ def example(kind: Any) -> Any:
         return {
             name: example(field.annotation)
             for name, field in kind.model_fields.items()
-            if not (kind.__name__ == "Claim" and name in ("baseline", "candidate", "limit"))
+            if not (kind.__name__ == "Claim" and name in ("baseline", "candidate"))
         }
     if origin is list:
         return [example(args[0])]

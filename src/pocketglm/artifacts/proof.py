@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,10 @@ class Claim(Config):
             raise ValueError(f"claim '{self.metric}' does not say on which device it was measured")
         if not self.low <= self.high:
             raise ValueError(f"claim '{self.metric}' has an empty interval {self.low}..{self.high}")
+        if not math.isfinite(self.value):
+            raise ValueError(f"claim '{self.metric}' has no value: {self.value}")
+        if (self.limit is None) != (self.verdict == "stated"):
+            raise ValueError(f"claim '{self.metric}': exactly a claim with a limit has a verdict")
         return self
 
 

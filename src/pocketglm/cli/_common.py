@@ -20,7 +20,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON objec
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Compute threads (default: all cores it may use).")
+    int | None,
+    typer.Option(min=1, max=256, help="Compute threads (default: all cores it may use)."),
 ]
 TextColumnName = Annotated[str, typer.Option("--text-column", help="Column that holds the text.")]
 LabelColumnName = Annotated[

@@ -22,7 +22,8 @@ def main(
     ] = None,
     max_length: MaxLength = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Thread count that the export records for its app.")
+        int | None,
+        typer.Option(min=1, max=256, help="Thread count that the export records for its app."),
     ] = None,
     force: Force = False,
     json: Json = False,
