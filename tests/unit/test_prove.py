@@ -29,7 +29,7 @@ from pocketglm.runtimes import open_session
 from pocketglm.stages import _claims, _timing
 from pocketglm.stages._claims import Builder, Gates
 from pocketglm.stages._measure import Worker
-from pocketglm.stages._sides import model_bytes, parts_of, source_of
+from pocketglm.stages._sides import model_bytes, parts_of
 from pocketglm.stages._timing import Timings
 from pocketglm.stages.export import export
 from pocketglm.stages.prove import exit_code, prove
@@ -384,14 +384,3 @@ def test_parts_add_up_to_the_file(world: World) -> None:
     assert all(size > 0 for size in parts.values())
     assert parts["embedding"] > parts["head"]
     assert parts_of(manifest.model_copy(update={"parameters": {}})) == {}
-
-
-def test_licence_and_base_model_are_read_where_they_are_stated(tmp_path: Path) -> None:
-    assert source_of(tmp_path) == {}
-    (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: a/b\n---\nwords --- more")
-    (tmp_path / "config.json").write_text('{"_name_or_path": "c/d"}')
-    assert source_of(tmp_path) == {"license": "mit", "base_model": "a/b"}
-    (tmp_path / "README.md").write_text("---\n: [\n---\n")
-    assert source_of(tmp_path) == {"base_model": "c/d"}
-    (tmp_path / "config.json").write_text('{"_name_or_path": "/home/me"}')
-    assert source_of(tmp_path) == {}

@@ -69,6 +69,7 @@ class ExportManifest(Config):
     operators: dict[str, int]
     minimum: dict[str, str] = {}
     checkpoint: str
+    origin: dict[str, str] = {}
     lineage: list[Step] = []
     parameters: dict[str, int] = {}
     parity: Parity

@@ -34,6 +34,7 @@ class Step(Config):
 class Manifest(Config):
     """`request` is the digest of the command that made the folder; `task` what it was trained for.
 
+    `origin`: licence and base model, where they are known.
     `schemes` maps weight names (`....weight`) to how they are stored; absent = as they are.
     """
 
@@ -41,6 +42,7 @@ class Manifest(Config):
     request: str = ""
     task: str | None = None
     max_length: int | None = None
+    origin: dict[str, str] = {}
     lineage: list[Step] = []
     schemes: dict[str, TensorScheme] = {}
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from pocketglm.artifacts.checkpoint import model_folder, read_json
+from pocketglm.artifacts.checkpoint import model_folder
 from pocketglm.artifacts.export import ExportManifest, check_files, read_export
 from pocketglm.artifacts.manifest import digest_value
 from pocketglm.contracts import Scores
@@ -71,27 +70,8 @@ def describe(side: Side, timings: Timings, scores: Scores) -> dict[str, Any]:
             name: {"value": m.value, "n": m.n, "low": m.low, "high": m.high}
             for name, m in scores.metrics.items()
         },
-        **source_of(side.path),
+        **manifest.origin,
     }
-
-
-def source_of(folder: Path) -> dict[str, str]:
-    """Licence and base model, where the folder says so."""
-    found: dict[str, str] = {}
-    readme = folder / "README.md"
-    if readme.is_file():
-        head = readme.read_text(encoding="utf-8", errors="replace").split("---", 2)
-        try:
-            value = yaml.safe_load(head[1]) if len(head) == 3 and not head[0].strip() else None
-        except yaml.YAMLError:
-            value = None
-        if isinstance(value, dict):
-            found = {k: str(value[k]) for k in ("license", "base_model") if value.get(k)}
-    if (folder / "config.json").is_file():
-        name = str(read_json(folder / "config.json").get("_name_or_path") or "")
-        if name.count("/") == 1 and not name.startswith(("/", ".")):
-            found.setdefault("base_model", name)
-    return found
 
 
 def model_bytes(manifest: ExportManifest) -> int:

@@ -11,6 +11,7 @@ from pocketglm import registry
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.export import EXPORT, ExportManifest, Parity, list_files, read_export
 from pocketglm.artifacts.manifest import digest_file, digest_value, tool_versions, write_json
+from pocketglm.artifacts.origin import origin_of
 from pocketglm.artifacts.output import REQUEST, is_done, output_folder
 from pocketglm.artifacts.schemas import ExportResult, TargetResult
 from pocketglm.contracts import ExportOptions, Lowered, Reporter, Silent, Target
@@ -174,6 +175,7 @@ def _manifest(
         operators=lowered.operators,
         minimum=lowered.minimum,
         checkpoint=digest,
+        origin=ckpt.manifest.origin or origin_of(ckpt.path),
         lineage=ckpt.manifest.lineage,
         parameters=lowered.parts,
         parity=unknown,

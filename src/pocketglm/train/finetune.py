@@ -24,6 +24,7 @@ from torch import nn
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.manifest import Manifest, Step, digest_value, tool_versions, write_json
+from pocketglm.artifacts.origin import origin_of
 from pocketglm.artifacts.output import is_done, output_folder
 from pocketglm.artifacts.schemas import TrainResult
 from pocketglm.contracts import DataOptions, Reporter, Scores, Silent
@@ -298,6 +299,7 @@ def _save(
         request=request,
         task=config.task,
         max_length=job.max_length,
+        origin=ckpt.manifest.origin or origin_of(ckpt.path),
         lineage=[*ckpt.manifest.lineage, step],
     )
     (work / PLOT).write_text(loss_svg(result.losses, result.scores), encoding="utf-8")
