@@ -20,7 +20,11 @@ class MetricResult(Config):
 
 
 class InspectResult(Config):
-    """`parts` are bytes by embedding / attention / ffn / head / other; see `opens_in`."""
+    """`parts` are bytes by embedding / attention / ffn / head / other; see `opens_in`.
+
+    A decoder's `head` is "lm" or "tied lm" (the head is the embedding); `kv_bytes_per_token` is
+    that of its cache in fp16.
+    """
 
     path: str
     kind: Literal["checkpoint", "export", "proof"]
@@ -31,6 +35,10 @@ class InspectResult(Config):
     hidden_size: int | None = None
     layers: int | None = None
     heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    kv_bytes_per_token: int | None = None
+    eos_ids: list[int] = []
     vocab_size: int | None = None
     max_length: int | None = None
     pooling: str = ""

@@ -57,6 +57,7 @@ ROLES: tuple[tuple[str, Role], ...] = (
     (r"\.mlp\.", "ffn"),
 )
 EMBEDDING = r"(^|\.)embed_tokens\.weight$"
+EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 _HINT = "compare it with the original model's config.json"
 

@@ -168,6 +168,11 @@ class DecoderSpec:
                 f"{self.rope.dims} rotary dims: should be even and at most head_dim {self.head_dim}"
             )
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token takes in an fp16 cache."""
+        return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
     def block(self) -> BlockSpec:
         """The spec of each of its blocks."""
         return BlockSpec(
