@@ -53,6 +53,44 @@ class InspectResult(Config):
     proof: dict[str, Any] | None = None
 
 
+class SizeResult(Config):
+    """One size of the family. Bytes of the weights; int4 keeps embedding and head in INT8."""
+
+    name: str
+    parameters: int
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_length: int
+    fp16_bytes: int
+    int8_bytes: int
+    int4_bytes: int
+    kv_bytes_per_token: int
+
+
+class SizesResult(Config):
+    sizes: list[SizeResult]
+
+
+class InitResult(Config):
+    """`tokenizer`: "bytes", "trained" or the folder that it was copied from."""
+
+    out: str
+    already_done: bool = False
+    size: str
+    parameters: int
+    bytes: int
+    dtype: str
+    seed: int
+    vocab_size: int
+    tokenizer: str
+    tokens: int
+
+
 class TrainResult(Config):
     out: str
     already_done: bool = False
@@ -183,6 +221,8 @@ class DemoResult(Config):
 
 
 RESULTS: dict[str, type[Config]] = {
+    "sizes": SizesResult,
+    "init": InitResult,
     "inspect": InspectResult,
     "train": TrainResult,
     "eval": EvalResult,
