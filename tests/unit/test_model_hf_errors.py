@@ -42,7 +42,10 @@ def edit_tensors(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"model_type": "roberta"}, r"unknown architecture 'roberta'.*known: bert, pocketglm"),
+        (
+            {"model_type": "roberta"},
+            r"unknown architecture 'roberta'.*known: bert, glm, .*qwen3",
+        ),
         ({"model_type": "bart"}, r"did you mean 'bert'"),
         (
             {"model_type": "chatglm", "auto_map": {"AutoModel": "modeling.py"}},

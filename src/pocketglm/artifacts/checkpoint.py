@@ -91,6 +91,7 @@ class Checkpoint:
             CheckpointError: no config, no safetensors, pickle only, remote code, bad shards.
         """
         folder = model_folder(path)
+        _refuse_gguf(folder)
         config = read_json(folder / "config.json")
         tensors: dict[str, TensorInfo] = {}
         for file in _weight_files(folder, config):
@@ -127,6 +128,15 @@ class Checkpoint:
     def digest(self) -> str:
         """sha256 over the names and contents of `files`."""
         return digest_files(self.path, self.files)
+
+
+def _refuse_gguf(folder: Path) -> None:
+    gguf = sorted(folder.glob("*.gguf"))
+    if gguf and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder} holds GGUF only ({gguf[0].name}): an export, already quantized",
+            "start from the model's safetensors: the original repository, without -GGUF",
+        )
 
 
 def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:

@@ -20,7 +20,11 @@ class MetricResult(Config):
 
 
 class InspectResult(Config):
-    """`parts` are bytes by embedding / attention / ffn / head / other; see `opens_in`."""
+    """`parts` are bytes by embedding / attention / ffn / head / other; see `opens_in`.
+
+    A decoder's `head` is "lm" or "tied lm" (the head is the embedding); `kv_bytes_per_token` is
+    that of its cache in fp16.
+    """
 
     path: str
     kind: Literal["checkpoint", "export", "proof"]
@@ -31,6 +35,10 @@ class InspectResult(Config):
     hidden_size: int | None = None
     layers: int | None = None
     heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    kv_bytes_per_token: int | None = None
+    eos_ids: list[int] = []
     vocab_size: int | None = None
     max_length: int | None = None
     pooling: str = ""
@@ -43,6 +51,44 @@ class InspectResult(Config):
     lineage: list[Step] = []
     export: dict[str, Any] | None = None
     proof: dict[str, Any] | None = None
+
+
+class SizeResult(Config):
+    """One size of the family. Bytes of the weights; int4 keeps embedding and head in INT8."""
+
+    name: str
+    parameters: int
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_length: int
+    fp16_bytes: int
+    int8_bytes: int
+    int4_bytes: int
+    kv_bytes_per_token: int
+
+
+class SizesResult(Config):
+    sizes: list[SizeResult]
+
+
+class InitResult(Config):
+    """`tokenizer`: "bytes", "trained" or the folder that it was copied from."""
+
+    out: str
+    already_done: bool = False
+    size: str
+    parameters: int
+    bytes: int
+    dtype: str
+    seed: int
+    vocab_size: int
+    tokenizer: str
+    tokens: int
 
 
 class TrainResult(Config):
@@ -175,6 +221,8 @@ class DemoResult(Config):
 
 
 RESULTS: dict[str, type[Config]] = {
+    "sizes": SizesResult,
+    "init": InitResult,
     "inspect": InspectResult,
     "train": TrainResult,
     "eval": EvalResult,

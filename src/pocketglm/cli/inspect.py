@@ -34,10 +34,12 @@ def show(result: InspectResult) -> None:
         ("parameters", f"{result.parameters:,}" if result.parameters else ""),
         ("precision", result.precision),
         ("layers x hidden x heads", _shape(result)),
+        ("key/value heads", _cache(result)),
         ("vocabulary", f"{result.vocab_size:,}" if result.vocab_size else ""),
         ("max length", str(result.max_length or "")),
         ("pooling, head", ", ".join(filter(None, [result.pooling, result.head]))),
         ("labels", _labels(result.labels)),
+        ("end of text", ", ".join(map(str, result.eos_ids))),
     )
     rows += [[name, value] for name, value in shapes if value]
     rows += [[f"bytes of {part}", megabytes(size)] for part, size in result.parts.items() if size]
@@ -69,6 +71,13 @@ def _shape(result: InspectResult) -> str:
     if result.layers is None:
         return ""
     return f"{result.layers} x {result.hidden_size} x {result.heads}"
+
+
+def _cache(result: InspectResult) -> str:
+    if result.kv_bytes_per_token is None:
+        return ""
+    size = result.kv_bytes_per_token / 1024
+    return f"{result.kv_heads} of {result.head_dim}; cache {size:g} KiB a token in fp16"
 
 
 def _labels(labels: list[str]) -> str:

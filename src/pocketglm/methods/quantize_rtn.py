@@ -1,7 +1,8 @@
 """Round to nearest: every weight gets a scale and the nearest integers; no data, no training.
 
 INT8 per output channel (default) or INT4 by group, symmetric or not; the rule and the scale search
-are in `ops/affine.py`. The token embedding and the head stay float unless they are asked for.
+are in `ops/affine.py`. The token embedding and the head stay float unless they are asked for;
+a tied head is the embedding.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pydantic import Field
 from pocketglm.artifacts.checkpoint import Checkpoint, TensorInfo
 from pocketglm.artifacts.scheme import Activation, TensorScheme
 from pocketglm.contracts import Config, TensorMethod
-from pocketglm.model.hf import is_embedding, is_head, is_linear
+from pocketglm.model.hf import decoder_spec_of, is_decoder, is_embedding, is_head, is_linear
 from pocketglm.ops.affine import group_reason, quantize
 
 Bits = Literal[4, 8]
@@ -52,6 +53,11 @@ def _check(config: RtnConfig, ckpt: Checkpoint) -> list[str]:
     ]
     if config.activation == "static":
         reasons.append("activation: static needs calibration data, which this method does not see")
+    if config.head != config.embeddings and config.head and _tied(ckpt):
+        reasons.append(
+            f"head={config.head}: the head is the token embedding (tied): set "
+            f"embeddings={config.head}, which quantizes both"
+        )
     chosen = {info: _select(config, ckpt, info) for info in ckpt.tensors.values()}
     if not any(chosen.values()):
         reasons.append("it has no tensor to quantize with these settings")
@@ -59,6 +65,10 @@ def _check(config: RtnConfig, ckpt: Checkpoint) -> list[str]:
         if scheme and (reason := group_reason(info.name, info.shape[1], scheme)):
             reasons.append(reason)
     return reasons
+
+
+def _tied(ckpt: Checkpoint) -> bool:
+    return is_decoder(ckpt) and decoder_spec_of(ckpt).tied
 
 
 def _select(config: RtnConfig, ckpt: Checkpoint, info: TensorInfo) -> TensorScheme | None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pocketglm.errors import CheckpointError, nearest
-from pocketglm.model.layers import ACTIVATIONS
 from pocketglm.model.spec import EncoderSpec, Role
 
 PREFIX = "bert."  # of body tensors in a file that also has a head
 MODEL = "BertModel"
 CLASSIFIER = "BertForSequenceClassification"
+ACTIVATIONS = ("gelu", "gelu_new", "relu")
 BODIES = (MODEL, "BertForMaskedLM", "BertForPreTraining")  # their own heads are ignored
 
 # our field -> (config key, default where upstream has one)
@@ -112,7 +112,7 @@ def spec_of(config: Mapping[str, Any], file: Path, **head: Any) -> EncoderSpec:
                 f"it is {values[ours]!r}",
                 "compare it with the original model's config.json",
             )
-    if values["activation"] not in tuple(ACTIVATIONS):
+    if values["activation"] not in ACTIVATIONS:
         raise CheckpointError(
             f"{file}: hidden_act '{values['activation']}' is not supported",
             nearest(str(values["activation"]), ACTIVATIONS),

@@ -1,177 +1,89 @@
-"""Encoders in and out of Hugging Face folders.
-
-What the folder means:
-* `BertForSequenceClassification`: classes over BERT's pooler (first token).
-* `BertModel` and pretraining models: an embedding, pooled as sentence-transformers'
-  `1_Pooling/config.json` says (mean where there is none) and always L2-normalized: the cosine of
-  two texts, which is what embeddings are compared by, does not change.
-* `model_type: pocketglm`: the same fields, with `pooling`; for what upstream classes cannot
-  express, such as a mean-pooled classifier (`model/auto.py` opens it in transformers).
-"""
+"""Models in and out of Hugging Face folders; `families.py` says what a folder holds."""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy.typing as npt
 import torch
 
 from pocketglm.artifacts import safetensors
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.manifest import MANIFEST, Manifest, write_json
-from pocketglm.errors import CheckpointError, nearest
-from pocketglm.model import bert
+from pocketglm.artifacts.safetensors import NAMES
+from pocketglm.errors import CheckpointError
+from pocketglm.model import bert, causal
+from pocketglm.model.decoder import Decoder
 from pocketglm.model.encoder import Encoder
-from pocketglm.model.sentence import read_max_length, read_pooling, write_sentence_files
-from pocketglm.model.spec import EncoderSpec, Head, Pooling, Role
+from pocketglm.model.families import (
+    DECODERS,
+    POCKETGLM,
+    POCKETGLM_CLASSIFIER,
+    POCKETGLM_DECODER,
+    POCKETGLM_MODEL,
+    decoder_spec_of,
+    eos_ids_of,
+    is_decoder,
+    is_embedding,
+    is_head,
+    is_linear,
+    labels_of,
+    max_length_of,
+    model_spec_of,
+    role_of,
+    spec_of,
+)
+from pocketglm.model.sentence import write_sentence_files
+from pocketglm.model.spec import DecoderSpec, EncoderSpec
 from pocketglm.ops.stored import as_array, read_weight, stored_layout
 from pocketglm.text.tokenizer import TOKENIZER_FILES
 
-POCKETGLM = "pocketglm"
-POCKETGLM_CLASSIFIER = "PocketGLMForSequenceClassification"
-POCKETGLM_MODEL = "PocketGLMModel"
-FAMILIES = ("bert", POCKETGLM)
-_CLASSIFIERS = (bert.CLASSIFIER, POCKETGLM_CLASSIFIER)
-_BODIES = (*bert.BODIES, POCKETGLM_MODEL)
+__all__ = [
+    "POCKETGLM",
+    "check_tensors",
+    "decoder_spec_of",
+    "eos_ids_of",
+    "is_decoder",
+    "is_embedding",
+    "is_head",
+    "is_linear",
+    "labels_of",
+    "load_decoder",
+    "load_encoder",
+    "max_length_of",
+    "model_spec_of",
+    "pocketglm_fields",
+    "role_of",
+    "save_decoder",
+    "save_encoder",
+    "spec_of",
+    "stored_name",
+]
+
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_LAYER = r"(?:encoder\.layer|model\.layers)\.(\d+)\."
 _INCOMPLETE = "the folder is incomplete or its config.json belongs to another model"
 
 
-# --- what a checkpoint is ------------------------------------------------------------------------
-
-
-def spec_of(ckpt: Checkpoint) -> EncoderSpec:
-    """The model that a checkpoint holds, from its config, side files and tensor names.
-
-    Raises:
-        CheckpointError: an unknown architecture or configuration; the message lists the known.
-    """
-    file = ckpt.path / "config.json"
-    _check_family(ckpt.config, file)
-    head = _head(ckpt)
-    pooling = _pooling(ckpt, head)
-    classifies = head == "classification"
-    pooler = pooling == "cls" if classifies else _holds(ckpt, "pooler.dense.")
-    return bert.spec_of(
-        ckpt.config,
-        file,
-        head=head,
-        pooling=pooling,
-        pooler=pooler,
-        num_labels=len(_labels(ckpt)) if classifies else 0,
-    )
-
-
-def labels_of(ckpt: Checkpoint) -> list[str]:
-    """Class names in the order of the logits; empty for an embedding model.
-
-    Raises:
-        CheckpointError: as `spec_of`, or `id2label` does not number the classes from 0.
-    """
-    return _labels(ckpt) if spec_of(ckpt).head == "classification" else []
-
-
-def max_length_of(ckpt: Checkpoint) -> int:
-    """Longest row in tokens: the manifest's, else that of sentence-transformers' or the tokenizer's
-    files; never more than the model has positions.
-    """
-    limit = spec_of(ckpt).max_position_embeddings
-    return min(limit, ckpt.manifest.max_length or read_max_length(ckpt.path) or limit)
-
-
-def role_of(name: str) -> Role:
-    """The part of the model that a stored tensor belongs to, by name.
-
-    Also knows the parts of a quantized weight (`..._packed`, `..._scale`). Norms are "other".
-    """
-    return next((role for pattern, role in bert.ROLES if re.search(pattern, name)), "other")
-
-
-def is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether this is the 2-D weight of a linear layer of the body."""
-    return len(shape) == 2 and name.endswith(".weight") and role_of(name) in ("attention", "ffn")
-
-
-def is_embedding(name: str) -> bool:
-    """Whether this is the table of word, position or type embeddings."""
-    return re.search(bert.EMBEDDING, name) is not None
-
-
-def is_head(name: str) -> bool:
-    """Whether this is the weight of a linear layer of the head (classifier, pooler, lm_head)."""
-    return name.endswith(".weight") and role_of(name) == "head" and "LayerNorm" not in name
-
-
-def _check_family(config: Mapping[str, Any], file: Path) -> None:
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        code = "; its own Python code (remote code) is not run" if "auto_map" in config else ""
-        raise CheckpointError(
-            f"{file}: unknown architecture '{family}' (model_type){code}",
-            nearest(str(family), FAMILIES),
-        )
-    for architecture in config.get("architectures") or []:
-        if architecture not in (*_CLASSIFIERS, *_BODIES):
-            known = (*_CLASSIFIERS, *_BODIES)
-            raise CheckpointError(
-                f"{file}: unknown architecture '{architecture}'", nearest(str(architecture), known)
-            )
-
-
-def _holds(ckpt: Checkpoint, start: str) -> bool:
-    return any(name.removeprefix(bert.PREFIX).startswith(start) for name in ckpt.tensors)
-
-
-def _head(ckpt: Checkpoint) -> Head:
-    architectures = ckpt.config.get("architectures")
-    if architectures:
-        return "classification" if architectures[0] in _CLASSIFIERS else "embedding"
-    return "classification" if _holds(ckpt, "classifier.") else "embedding"
-
-
-def _pooling(ckpt: Checkpoint, head: Head) -> Pooling:
-    stated = ckpt.config.get("pooling") if ckpt.config["model_type"] == POCKETGLM else None
-    if stated is None:
-        return "cls" if head == "classification" else read_pooling(ckpt.path)
-    if stated not in ("mean", "cls"):
-        raise CheckpointError(
-            f"{ckpt.path / 'config.json'}: pooling '{stated}' is not supported", "known: mean, cls"
-        )
-    pooling: Pooling = stated
-    return pooling
-
-
-def _labels(ckpt: Checkpoint) -> list[str]:
-    names = ckpt.config.get("id2label")
-    if names is None:
-        return [f"LABEL_{index}" for index in range(ckpt.config.get("num_labels", 2))]
-    if not isinstance(names, dict) or sorted(names, key=_number) != [
-        str(index) for index in range(len(names))
-    ]:
-        raise CheckpointError(
-            f"{ckpt.path / 'config.json'}: id2label should number the classes from 0 without gaps",
-            "compare it with the original model's config.json",
-        )
-    return [str(names[str(index)]) for index in range(len(names))]
-
-
-def _number(key: str) -> int:
-    return int(key) if key.isdecimal() else -1
-
-
-def _skeleton(spec: EncoderSpec) -> Encoder:
+def _skeleton(spec: EncoderSpec | DecoderSpec) -> Encoder | Decoder:
     """The modules without memory for their weights."""
     with torch.device("meta"):
-        return Encoder(spec)
+        return Encoder(spec) if isinstance(spec, EncoderSpec) else Decoder(spec)
 
 
 def _foreign(ckpt: Checkpoint, name: str) -> CheckpointError:
+    """The refusal of integers that no manifest explains: GPTQ, AWQ and the like."""
+    config = ckpt.config.get("quantization_config")
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    by = f"by {method}" if method else "by another tool"
     return CheckpointError(
-        f"{ckpt.path}: '{name}' is stored as {ckpt.tensors[name].dtype} without a scheme",
-        "it was quantized by another tool: start from the model's float weights",
+        f"{ckpt.path}: '{name}' is stored as {ckpt.tensors[name].dtype} without a scheme; it was "
+        f"quantized {by}",
+        "start from the model's float weights (the original repository), and compress those",
     )
 
 
@@ -185,8 +97,12 @@ def check_tensors(ckpt: Checkpoint) -> None:
         CheckpointError: a tensor is missing or has another shape than the config says (both are
             named), layers are left over, or integers were stored by another tool.
     """
-    spec = spec_of(ckpt)
+    spec = model_spec_of(ckpt)
     missing = []
+    if "quantization_config" in ckpt.config and not ckpt.manifest.schemes:
+        integers = [n for n, info in ckpt.tensors.items() if info.dtype not in _FLOATS]
+        if integers:
+            raise _foreign(ckpt, integers[0])
     for ours, tensor in _skeleton(spec).state_dict().items():
         name, shape = stored_name(ckpt, ours), tuple(tensor.shape)
         scheme = ckpt.manifest.schemes.get(name)
@@ -210,8 +126,8 @@ def check_tensors(ckpt: Checkpoint) -> None:
             + (f" and lacks {len(missing) - 1} more" if len(missing) > 1 else ""),
             _INCOMPLETE,
         )
-    layers = [int(n) for n in re.findall(r"encoder\.layer\.(\d+)\.", " ".join(ckpt.tensors))]
-    if max(layers) >= spec.num_layers:
+    layers = [int(n) for n in re.findall(_LAYER, " ".join(ckpt.tensors))]
+    if layers and max(layers) >= spec.num_layers:
         raise CheckpointError(
             f"{ckpt.path} stores {max(layers) + 1} layers, its config.json says "
             f"num_hidden_layers {spec.num_layers}",
@@ -225,8 +141,23 @@ def load_encoder(ckpt: Checkpoint) -> Encoder:
     Raises:
         CheckpointError: as `check_tensors`.
     """
+    spec_of(ckpt)  # refuses a decoder
+    return cast(Encoder, _load(ckpt))
+
+
+def load_decoder(ckpt: Checkpoint) -> Decoder:
+    """The model in float32 and eval mode; quantized weights are dequantized.
+
+    Raises:
+        CheckpointError: as `check_tensors`, or it is an encoder.
+    """
+    decoder_spec_of(ckpt)
+    return cast(Decoder, _load(ckpt))
+
+
+def _load(ckpt: Checkpoint) -> Encoder | Decoder:
     check_tensors(ckpt)
-    model = _skeleton(spec_of(ckpt))
+    model = _skeleton(model_spec_of(ckpt))
     state = {name: read_weight(ckpt, stored_name(ckpt, name)) for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -234,6 +165,8 @@ def load_encoder(ckpt: Checkpoint) -> Encoder:
 
 def stored_name(ckpt: Checkpoint, name: str) -> str:
     """Our parameter name -> the name under which this checkpoint stores it (or should)."""
+    if is_decoder(ckpt):
+        return causal.hf_name(name)
     hf = bert.hf_name(name)
     if not hf.startswith("classifier.") and any(t.startswith(bert.PREFIX) for t in ckpt.tensors):
         hf = bert.PREFIX + hf
@@ -287,6 +220,73 @@ def save_encoder(
     write_json(folder / MANIFEST, manifest.model_copy(update={"schemes": {}}))
 
 
+def save_decoder(
+    model: Decoder,
+    folder: Path,
+    *,
+    source: Checkpoint | None,
+    manifest: Manifest,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a Hugging Face folder that transformers opens; arguments as in `save_encoder`.
+
+    The same model gives the same bytes. Memory beside the model's is that of one tensor.
+    """
+    state = model.state_dict()
+    write_decoder(
+        model.spec,
+        folder,
+        lambda name: [as_array(state[name].detach().cpu().to(dtype or torch.float32))],
+        source=source,
+        manifest=manifest,
+        dtype=dtype or torch.float32,
+    )
+
+
+def write_decoder(
+    spec: DecoderSpec,
+    folder: Path,
+    values: Callable[[str], Iterable[npt.NDArray[Any]]],
+    *,
+    source: Checkpoint | None,
+    manifest: Manifest,
+    dtype: torch.dtype,
+) -> None:
+    """As `save_decoder`, with the weights as they come.
+
+    values: our parameter name -> its rows in order, in chunks, already of `dtype`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", decoder_config(spec, source, dtype))
+    stored = NAMES[as_array(torch.empty(0, dtype=dtype)).dtype]
+    shapes = {n: tuple(t.shape) for n, t in _skeleton(spec).state_dict().items()}
+    layout = {causal.hf_name(name): (stored, shape) for name, shape in shapes.items()}
+    writer = safetensors.Writer(folder / "model.safetensors", layout)
+    for name in shapes:
+        for chunk in values(name):
+            writer.write(causal.hf_name(name), chunk)
+    writer.close()
+    if source:
+        _copy_tokenizer(source.path, folder)
+    write_json(folder / MANIFEST, manifest.model_copy(update={"schemes": {}}))
+
+
+def decoder_config(
+    spec: DecoderSpec, source: Checkpoint | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """config.json of a float decoder; fields that a spec does not know are the source's."""
+    replaced = ("quantization_config", "_name_or_path", "torch_dtype", "family", "rope_scaling")
+    old = source.config if source else {}
+    module = DECODERS[spec.family]
+    config = {key: value for key, value in old.items() if key not in replaced} | {
+        "architectures": [module.ARCHITECTURES[spec.family]],
+        "model_type": spec.family,
+        "dtype": str(dtype).removeprefix("torch."),
+        **module.config_of(spec),
+    }
+    return dict(sorted(config.items()))
+
+
 def _saved_name(name: str, prefix: str) -> str:
     hf = bert.hf_name(name)
     return hf if hf.startswith("classifier.") else prefix + hf
@@ -312,8 +312,14 @@ def _config(old: Mapping[str, Any], spec: EncoderSpec, labels: list[str]) -> dic
     return config
 
 
-def pocketglm_fields(spec: EncoderSpec) -> dict[str, Any]:
-    """The config fields that make a BERT config a `pocketglm` one; everything else stays."""
+def pocketglm_fields(spec: EncoderSpec | DecoderSpec) -> dict[str, Any]:
+    """The config fields that make a config a `pocketglm` one; everything else stays."""
+    if isinstance(spec, DecoderSpec):
+        return {
+            "architectures": [POCKETGLM_DECODER],
+            "model_type": POCKETGLM,
+            "family": spec.family,
+        }
     architecture = POCKETGLM_CLASSIFIER if spec.head == "classification" else POCKETGLM_MODEL
     return {
         "architectures": [architecture],
@@ -323,7 +329,7 @@ def pocketglm_fields(spec: EncoderSpec) -> dict[str, Any]:
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
         file, target = source / name, folder / name
         if file.is_file() and not (target.exists() and target.samefile(file)):
             shutil.copyfile(file, target)

@@ -1,29 +1,83 @@
 """The parts of a transformer block, built from a `BlockSpec`.
 
 Attention: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762. GELU: Hendrycks & Gimpel 2016,
-https://arxiv.org/abs/1606.08415 (`gelu_new` is its tanh approximation).
+https://arxiv.org/abs/1606.08415 (`gelu_new` is its tanh approximation). Gated FFN: Shazeer 2020,
+https://arxiv.org/abs/2002.05202. RMSNorm: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
+Rotary positions: Su et al. 2021, https://arxiv.org/abs/2104.09864; their scaling: Llama 3.1,
+https://arxiv.org/abs/2407.21783.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pocketglm.model.spec import Activation, BlockSpec
+from pocketglm.model.spec import Activation, BlockSpec, RopeSpec
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "silu": F.silu,
 }
 
 
+class Rotation(NamedTuple):
+    """The angles of rotary positions: cos and sin [B, 1, S, dims / 2]."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Queries or keys [B, heads, S, head_dim], the first `dims` features turned."""
+        dims = 2 * self.cos.shape[-1]
+        turned, rest = x[..., :dims], x[..., dims:]
+        if self.interleaved:
+            a, b = turned[..., 0::2], turned[..., 1::2]
+        else:
+            a, b = turned.chunk(2, dim=-1)
+        pair = (a * self.cos - b * self.sin, b * self.cos + a * self.sin)
+        out = torch.stack(pair, -1).flatten(-2) if self.interleaved else torch.cat(pair, -1)
+        return torch.cat((out, rest), -1)
+
+
+def rotation(spec: RopeSpec, positions: Tensor, dtype: torch.dtype) -> Rotation:
+    """The rotation of tokens at `positions`, int64 [B, S]; angles are computed in float32."""
+    angles = positions[:, None, :, None].float() * frequencies(spec, positions.device)
+    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype), spec.interleaved)
+
+
+def frequencies(spec: RopeSpec, device: torch.device | None = None) -> Tensor:
+    """Radians per position of each pair of features, float32 [dims / 2]."""
+    exponents = torch.arange(0, spec.dims, 2, device=device).float() / spec.dims
+    rates = 1.0 / spec.theta**exponents
+    scaling = spec.scaling
+    if scaling is None:
+        return rates
+    # Waves longer than the old context are stretched by `factor`, short ones stay, and between
+    # them the two are mixed.
+    turns = scaling.original_positions * rates / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
+    return keep * rates + (1 - keep) * rates / scaling.factor
+
+
+class Past(Protocol):
+    """One layer's keys and values of the tokens before; see `cache.py`."""
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new ones [B, kv heads, S, head_dim]; return what the queries may look at."""
+
+
 class Attention(nn.Module):
-    """Multi-head attention of a sequence to itself; bidirectional."""
+    """Multi-head attention of a sequence to itself."""
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
@@ -32,20 +86,39 @@ class Attention(nn.Module):
         self.query = nn.Linear(spec.hidden_size, width, spec.attention_bias)
         self.key = nn.Linear(spec.hidden_size, kv_width, spec.attention_bias)
         self.value = nn.Linear(spec.hidden_size, kv_width, spec.attention_bias)
-        self.output = nn.Linear(width, spec.hidden_size, spec.attention_bias)
+        self.output = nn.Linear(width, spec.hidden_size, spec.output_bias)
+        self.query_norm = nn.RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.key_norm = nn.RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
 
-    def forward(self, x: Tensor, attend: Tensor) -> Tensor:
-        """x [B, S, H], attend bool [B, 1, 1, S] (True = may be looked at) -> [B, S, H]."""
+    def forward(
+        self,
+        x: Tensor,
+        attend: Tensor | None,
+        turn: Rotation | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
+        """x [B, S, H] -> [B, S, H].
+
+        attend: bool, broadcastable to [B, 1, S, T] (True = may be looked at); None = causal.
+        """
         q, k, v = (
-            layer(x).unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
+            layer(x).unflatten(-1, (-1, self.spec.head_dim))
             for layer in (self.query, self.key, self.value)
         )
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if turn is not None:
+            q, k = turn.turn(q), turn.turn(k)
+        if past is not None:
+            k, v = past.extend(k, v)
         out = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=attend,
             dropout_p=self.spec.attention_dropout if self.training else 0.0,
+            is_causal=attend is None,
             enable_gqa=self.spec.num_kv_heads != self.spec.num_heads,
         )
         result: Tensor = self.output(out.transpose(1, 2).flatten(2))
@@ -67,22 +140,59 @@ class FeedForward(nn.Module):
         return result
 
 
-class Block(nn.Module):
-    """Attention and FFN, each added to its input and then normalized (post-norm)."""
+class GatedFeedForward(nn.Module):
+    """down(activation(gate(x)) * up(x)); a fused weight holds the gate's rows first."""
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
-        self.attention = Attention(spec)
-        self.attention_norm = nn.LayerNorm(spec.hidden_size, spec.norm_eps)
-        self.ffn = FeedForward(spec)
-        self.ffn_norm = nn.LayerNorm(spec.hidden_size, spec.norm_eps)
-        self.dropout = nn.Dropout(spec.dropout)
+        width, bias = spec.intermediate_size, spec.ffn_bias
+        if spec.ffn == "fused":
+            self.gate_up = nn.Linear(spec.hidden_size, 2 * width, bias)
+        else:
+            self.gate = nn.Linear(spec.hidden_size, width, bias)
+            self.up = nn.Linear(spec.hidden_size, width, bias)
+        self.down = nn.Linear(width, spec.hidden_size, bias)
+        self.fused = spec.ffn == "fused"
+        self.activation = ACTIVATIONS[spec.activation]
 
-    def forward(self, x: Tensor, attend: Tensor) -> Tensor:
-        """x [B, S, H], attend bool [B, 1, 1, S] -> [B, S, H]."""
-        x = self.attention_norm(x + self.dropout(self.attention(x, attend)))
-        out: Tensor = self.ffn_norm(x + self.dropout(self.ffn(x)))
-        return out
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1) if self.fused else (self.gate(x), self.up(x))
+        result: Tensor = self.down(self.activation(gate) * up)
+        return result
+
+
+class Block(nn.Module):
+    """Attention and FFN, each added to its input; `spec.norms` says where the norms stand."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        norm = nn.LayerNorm if spec.norm == "layer" else nn.RMSNorm
+        self.attention = Attention(spec)
+        self.attention_norm = norm(spec.hidden_size, spec.norm_eps)
+        self.ffn = FeedForward(spec) if spec.ffn == "plain" else GatedFeedForward(spec)
+        self.ffn_norm = norm(spec.hidden_size, spec.norm_eps)
+        four = spec.norms == "both"
+        self.attention_post_norm = norm(spec.hidden_size, spec.norm_eps) if four else nn.Identity()
+        self.ffn_post_norm = norm(spec.hidden_size, spec.norm_eps) if four else nn.Identity()
+        self.dropout = nn.Dropout(spec.dropout)
+        self.post = spec.norms == "post"
+
+    def forward(
+        self,
+        x: Tensor,
+        attend: Tensor | None,
+        turn: Rotation | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
+        """x [B, S, H] -> [B, S, H]; the rest as in `Attention`."""
+        if self.post:
+            x = self.attention_norm(x + self.dropout(self.attention(x, attend, turn, past)))
+            return cast(Tensor, self.ffn_norm(x + self.dropout(self.ffn(x))))
+        y = self.attention(self.attention_norm(x), attend, turn, past)
+        x = x + self.dropout(self.attention_post_norm(y))
+        y = self.ffn_post_norm(self.ffn(self.ffn_norm(x)))
+        return x + cast(Tensor, self.dropout(y))
 
 
 def init_weights(module: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:

@@ -8,18 +8,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["gelu", "gelu_new", "relu"]
+Activation = Literal["gelu", "gelu_new", "relu", "silu"]
 Pooling = Literal["mean", "cls"]
 Head = Literal["classification", "embedding"]
 Role = Literal["embedding", "attention", "ffn", "head", "other"]
+Family = Literal["glm", "glm4", "llama", "qwen2", "qwen3"]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Llama 3.1's stretched frequencies, for contexts longer than `original_positions`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary positions on the first `dims` features of a head.
+
+    interleaved: features 0 and 1, 2 and 3, ... turn together (GLM), instead of i and i + dims/2.
+    """
+
+    dims: int
+    theta: float = 10000.0
+    interleaved: bool = False
+    scaling: RopeScaling | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BlockSpec:
-    """One transformer block: attention and a two-layer FFN, each followed by LayerNorm.
+    """One transformer block: attention and a feed-forward network (FFN), with norms and residuals.
 
     Widths in numbers of features. `num_kv_heads` divides `num_heads`; the projections are
     [num_heads * head_dim, hidden_size] and [num_kv_heads * head_dim, hidden_size].
+    attention_bias: of query, key and value; output_bias: of attention's output.
+    norms: "post" = after each residual sum (BERT), "pre" = before attention and before the FFN,
+    "both" = before and after them, four norms (GLM-4-0414).
+    ffn: "plain" = two layers, "gated" = gate, up and down, "fused" = gate and up in one weight.
+    qk_norm: query and key are normalized head by head. rope: None = no rotary positions.
     """
 
     hidden_size: int
@@ -33,6 +62,12 @@ class BlockSpec:
     ffn_bias: bool
     dropout: float
     attention_dropout: float
+    output_bias: bool = True
+    norm: Literal["layer", "rms"] = "layer"
+    norms: Literal["post", "pre", "both"] = "post"
+    ffn: Literal["plain", "gated", "fused"] = "plain"
+    qk_norm: bool = False
+    rope: RopeSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,4 +122,75 @@ class EncoderSpec:
             ffn_bias=True,
             dropout=self.dropout,
             attention_dropout=self.attention_dropout,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """A causal language model. `family` names its form on disk; the rest says what it computes.
+
+    tied: the head is the token embedding. four_norms: attention and FFN are normalized before and
+    after. eos_ids: any of them ends a text.
+    """
+
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rope: RopeSpec
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    activation: Activation = "silu"
+    tied: bool = False
+    attention_bias: bool = False
+    output_bias: bool = False
+    ffn_bias: bool = False
+    fused_ffn: bool = False
+    four_norms: bool = False
+    qk_norm: bool = False
+    attention_dropout: float = 0.0
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_heads} attention heads are not a multiple of "
+                f"{self.num_kv_heads} key/value heads"
+            )
+        if self.rope.dims % 2 or not 0 < self.rope.dims <= self.head_dim:
+            raise ValueError(
+                f"{self.rope.dims} rotary dims: should be even and at most head_dim {self.head_dim}"
+            )
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token takes in an fp16 cache."""
+        return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    def block(self) -> BlockSpec:
+        """The spec of each of its blocks."""
+        return BlockSpec(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            intermediate_size=self.intermediate_size,
+            activation=self.activation,
+            norm_eps=self.rms_norm_eps,
+            attention_bias=self.attention_bias,
+            ffn_bias=self.ffn_bias,
+            dropout=0.0,
+            attention_dropout=self.attention_dropout,
+            output_bias=self.output_bias,
+            norm="rms",
+            norms="both" if self.four_norms else "pre",
+            ffn="fused" if self.fused_ffn else "gated",
+            qk_norm=self.qk_norm,
+            rope=self.rope,
         )

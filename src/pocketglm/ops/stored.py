@@ -171,8 +171,10 @@ def precision_of(ckpt: Checkpoint) -> str:
 def parameter_counts(ckpt: Checkpoint) -> dict[str, int]:
     """How many values each unquantized tensor or quantized weight stands for."""
     schemes = ckpt.manifest.schemes
-    parts = {f"{name}_{part}" for name in schemes for part in _PARTS}
-    counts = {n: i.size for n, i in ckpt.tensors.items() if n not in parts and n not in schemes}
+    # Not only the schemes' own parts: a tied head's scales are stored beside its embedding's.
+    ends = tuple(f".weight_{part}" for part in _PARTS)
+    whole = {n: i.size for n, i in ckpt.tensors.items() if not n.endswith(ends)}
+    counts = {name: size for name, size in whole.items() if name not in schemes}
     return counts | {name: math.prod(_shape(ckpt, name, s)) for name, s in schemes.items()}
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.scheme import TensorScheme
-from pocketglm.model.hf import POCKETGLM, is_embedding
+from pocketglm.model.causal import EMBEDDING_WEIGHT, HEAD
+from pocketglm.model.hf import POCKETGLM, decoder_spec_of, is_decoder, is_embedding
 
 YES = "yes"
 WITH_DEQUANTIZE = "with dequantize=True"
@@ -37,8 +38,21 @@ def opens_in_transformers(ckpt: Checkpoint) -> str:
     elif any(is_embedding(name) for name in packed):
         return "no, because an INT4 embedding is packed"
     if ckpt.config.get("model_type") == POCKETGLM:
+        if is_decoder(ckpt):
+            return "no, because model_type pocketglm is not its own"
         return "no, because model_type pocketglm is not its own (import pocketglm.model.auto first)"
     return WITH_DEQUANTIZE if asymmetric else YES
+
+
+def tied_twin(ckpt: Checkpoint, part: str, scheme: TensorScheme) -> str | None:
+    """The second name of an embedding's scales or zero points where the head is tied to it.
+
+    transformers ties the integers alone, and looks for the head's scales under the head's name.
+    """
+    base, end = part.removesuffix("_scale").removesuffix("_zero_point"), part.rpartition(".")[2]
+    if scheme.bits != 8 or end == "weight" or base != EMBEDDING_WEIGHT or not is_decoder(ckpt):
+        return None
+    return HEAD + part.removeprefix(base) if decoder_spec_of(ckpt).tied else None
 
 
 def quantization_config(
@@ -103,8 +117,9 @@ def _activations(scheme: TensorScheme) -> dict[str, Any] | None:
 def _targets(weights: list[str], names: Collection[str]) -> list[str]:
     """Module patterns that match exactly `weights` among all weights.
 
-    Layer numbers become \\d+ where the whole column of layers is in. A prefix such as `bert.` is
-    optional: transformers adds or drops it when a body is opened with or without its head.
+    Layer numbers become \\d+ where the whole column of layers is in. The prefix `bert.` or
+    `model.` is optional: transformers drops or adds it when a body is opened without its head or
+    with it. A tied head is named beside its embedding.
     """
     chosen = set(weights)
     columns: dict[str, list[str]] = {}
@@ -116,11 +131,14 @@ def _targets(weights: list[str], names: Collection[str]) -> list[str]:
         whole = len(inside) == len(column)
         for name in inside:
             patterns[_pattern(name, whole)] = None
+    if EMBEDDING_WEIGHT in chosen and HEAD not in names:
+        patterns[_pattern(HEAD, False)] = None
     return list(patterns)
 
 
 def _pattern(name: str, any_layer: bool) -> str:
-    module = re.escape(name.removesuffix(".weight").removeprefix("bert."))
+    body = name.removeprefix("bert.").removeprefix("model.")
+    module = re.escape(body.removesuffix(".weight"))
     if any_layer:
         module = re.sub(r"\.\d+\\\.", r".\\d+\\.", module)
     return rf"re:(.*\.)?{module}$"

@@ -33,11 +33,11 @@ from pocketglm.artifacts.schemas import CompressResult, StepResult
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import Reporter, Silent
 from pocketglm.errors import CheckpointError, DiskFullError, UnsupportedError
-from pocketglm.model.hf import check_tensors, pocketglm_fields, spec_of
+from pocketglm.model.hf import check_tensors, model_spec_of, pocketglm_fields
 from pocketglm.ops.affine import dequantize
 from pocketglm.ops.stored import Layout, as_tensor, store, stored_layout
 from pocketglm.stages import _cache
-from pocketglm.stages._upstream import opens_in_transformers, quantization_config
+from pocketglm.stages._upstream import opens_in_transformers, quantization_config, tied_twin
 from pocketglm.stages.plan import Plan, PlanStep
 
 CHUNK = 1 << 22  # elements of a tensor that are in memory as float32 at a time
@@ -131,9 +131,13 @@ def _layout(step: PlanStep, ckpt: Checkpoint) -> tuple[Layout, dict[str, TensorS
     schemes = dict(ckpt.manifest.schemes)
     for name, info in ckpt.tensors.items():
         scheme = step.spec.select(step.config, ckpt, info)
-        layout |= stored_layout(name, info.shape, scheme, info.dtype)
+        parts = stored_layout(name, info.shape, scheme, info.dtype)
+        layout |= parts
         if scheme:
             schemes[name] = scheme
+            layout |= {
+                twin: parts[part] for part in parts if (twin := tied_twin(ckpt, part, scheme))
+            }
     return layout, schemes
 
 
@@ -235,6 +239,8 @@ class _Job:
                     if start:
                         continue
                 writer.write(part, array)
+                if twin := tied_twin(self.ckpt, part, scheme):
+                    writer.write(twin, array)
             error = dequantize(q, scales, zero_points, scheme) - weight
             lost += float(error.double().square().sum())
             total += float(weight.double().square().sum())
@@ -264,7 +270,7 @@ def _config(ckpt: Checkpoint, manifest: Manifest) -> dict[str, Any]:
     config = {key: value for key, value in ckpt.config.items() if key != "quantization_config"}
     if opens_in_transformers(replace(ckpt, manifest=manifest)).startswith("no"):
         # model/auto.py opens it from the manifest; upstream's loader must not try.
-        return config | pocketglm_fields(spec_of(ckpt))
+        return config | pocketglm_fields(model_spec_of(ckpt))
     if not manifest.schemes:
         return config
     return config | {"quantization_config": quantization_config(manifest.schemes, ckpt.tensors)}

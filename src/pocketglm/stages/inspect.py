@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.export import check_files, is_export, read_export
@@ -10,7 +11,15 @@ from pocketglm.artifacts.manifest import digest_file, digest_value
 from pocketglm.artifacts.proof import PROOF, read_proof
 from pocketglm.artifacts.schemas import InspectResult
 from pocketglm.artifacts.scheme import TensorScheme
-from pocketglm.model.hf import check_tensors, labels_of, max_length_of, role_of, spec_of
+from pocketglm.model.hf import (
+    check_tensors,
+    eos_ids_of,
+    labels_of,
+    max_length_of,
+    model_spec_of,
+    role_of,
+)
+from pocketglm.model.spec import EncoderSpec
 from pocketglm.ops.stored import parameter_counts, precision_of
 from pocketglm.stages._upstream import opens_in_transformers
 
@@ -43,7 +52,7 @@ def _count(schemes: dict[str, TensorScheme]) -> dict[str, int]:
 def _checkpoint(folder: Path) -> InspectResult:
     ckpt = Checkpoint.open(folder)
     check_tensors(ckpt)
-    spec = spec_of(ckpt)
+    spec = model_spec_of(ckpt)
     parts: dict[str, int] = {}
     for name, info in ckpt.tensors.items():
         role = role_of(name)
@@ -60,15 +69,28 @@ def _checkpoint(folder: Path) -> InspectResult:
         heads=spec.num_heads,
         vocab_size=spec.vocab_size,
         max_length=max_length_of(ckpt),
-        pooling=spec.pooling,
-        head=spec.head,
         labels=labels_of(ckpt),
         parts=parts,
         schemes=_count(ckpt.manifest.schemes),
         opens_in=_opens_in(ckpt),
         digest=ckpt.digest(),
         lineage=ckpt.manifest.lineage,
+        **_own_fields(ckpt),
     )
+
+
+def _own_fields(ckpt: Checkpoint) -> dict[str, Any]:
+    """What only encoders have, or only decoders."""
+    spec = model_spec_of(ckpt)
+    if isinstance(spec, EncoderSpec):
+        return {"pooling": spec.pooling, "head": spec.head}
+    return {
+        "head": "tied lm" if spec.tied else "lm",
+        "kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "kv_bytes_per_token": spec.kv_bytes_per_token,
+        "eos_ids": list(eos_ids_of(ckpt)),
+    }
 
 
 def _opens_in(ckpt: Checkpoint) -> dict[str, str]:
