@@ -22,7 +22,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	@rm -f .coverage .coverage.*
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile \
-	  -m 'not slow' --cov --cov-report= $(ARGS)
+	  --cov --cov-report= $(ARGS)
 	@$(BIN)/python -m coverage report --fail-under=100 --show-missing --skip-covered \
 	  --include='*/pocketglm/errors.py,*/pocketglm/contracts.py,*/pocketglm/registry.py,*/pocketglm/artifacts/*,*/pocketglm/text/*'
 	@$(BIN)/python -m coverage report --fail-under=90 --format=total > /dev/null || \

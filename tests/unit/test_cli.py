@@ -159,12 +159,29 @@ def test_doing_it_again_is_already_done(
     assert "--force" in other.err
 
 
+def test_a_crash_is_no_failed_gate(shell: Shell, trained: Path, tmp_path: Path) -> None:
+    """A broken config that nobody foresaw: exit code 4 and JSON, no traceback."""
+    model = bad("", trained, tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": 5}))
+    done = shell("inspect", model, "--json")
+    assert (done.code, done.json["error"]["exit_code"]) == (4, 4)
+    assert "--debug" in done.err
+    with pytest.raises(TypeError):
+        main(["inspect", str(model), "--debug"])
+
+
 def test_stdin_is_answered_line_by_line(exported: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pocketglm", "run", str(exported), "--top", "1"],
         input="a b\n\nx y\n", capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["music", "alarm"]
+    command = [sys.executable, "-m", "pocketglm", "run", str(exported), "--json"]
+    one = subprocess.run(command, input="a b\n", capture_output=True, text=True, check=True)
+    assert json.loads(one.stdout)["label"] == "music"
+    none = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    assert (none.returncode, "--json needs one text" in none.stderr) == (2, True)
 
 
 def test_cache(shell: Shell, trained: Path, tmp_path: Path) -> None:
@@ -191,7 +208,9 @@ def test_usage(shell: Shell) -> None:
     assert "unknown verb 'evl'" in wrong.err
     assert "did you mean 'eval'?" in wrong.err
     assert shell("schema", "x").code == 2
-    assert shell("eval").code == 2
+    missing = shell("eval", "--json")
+    assert (missing.code, missing.json["error"]["type"]) == (2, "UsageError")
+    assert "pocketglm eval --help" in missing.err
 
 
 # --- bad input: the value, the way out, the exit code, nothing half-written ----------------------

@@ -16,7 +16,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = 77
 CHECKS = {
-    "slow tests (`pytest -m slow`)": [sys.executable, "-m", "pytest", "-m", "slow", "-q"],
     "Transformers.js opens the encoder exports": [
         sys.executable, "tests/verify/check_transformers_js.py",
     ],

@@ -17,7 +17,13 @@ from typing import NoReturn
 import typer
 
 from pocketglm import __version__, registry
-from pocketglm.errors import DiskFullError, MemoryCeilingError, PocketError, WorkError
+from pocketglm.errors import (
+    DiskFullError,
+    MemoryCeilingError,
+    PocketError,
+    UsageError,
+    WorkError,
+)
 
 _HERE = Path(__file__).parent
 _USAGE = """\
@@ -61,8 +67,8 @@ def command(verb: str) -> typer.Typer:
 def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point; always ends with SystemExit."""
     args = list(sys.argv[1:] if argv is None else argv)
-    # Waiting OpenMP threads sleep. Where other programs share the cores, spinning ones made
-    # training over ten times slower.
+    # Waiting OpenMP threads sleep: where other programs share the cores, spinning ones keep them
+    # from the threads that are waited for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in args
     args = [a for a in args if a != "--debug"]
@@ -73,27 +79,32 @@ def main(argv: list[str] | None = None) -> NoReturn:
         print(f"pocketglm {__version__}")
         sys.exit(0)
     try:
-        app = command(args[0])
-        app(args=args[1:], prog_name=f"pocketglm {args[0]}")
-    except SystemExit as stop:
-        if stop.code == 130:  # Ctrl-C, as Typer ends it
-            sys.stderr.write("\ninterrupted; the same command resumes where it can\n")
-        raise
-    except (PocketError, MemoryError, OSError) as error:
+        code = command(args[0])(
+            args=args[1:], prog_name=f"pocketglm {args[0]}", standalone_mode=False
+        )
+    except Exception as error:
         if debug:
             raise
-        _fail(_explain(error), "--json" in args)
-    sys.exit(0)
+        _fail(_explain(error, args[0]), "--json" in args)
+    if code == 130:  # Ctrl-C, as Typer ends it
+        sys.stderr.write("\ninterrupted; the same command resumes where it can\n")
+    sys.exit(code or 0)
 
 
-def _explain(error: PocketError | MemoryError | OSError) -> PocketError:
+def _explain(error: Exception, verb: str) -> PocketError:
+    """Any error as one of ours: a crash must not look like a failed gate (exit code 1)."""
     if isinstance(error, PocketError):
         return error
+    if isinstance(error, typer.TyperException):
+        return UsageError(error.format_message(), f"pocketglm {verb} --help")
     if isinstance(error, MemoryError):
         return MemoryCeilingError(f"out of memory: {error}", "use a smaller batch or model")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFullError(f"no space left on the disk: {error}", "free some space, run it again")
-    return WorkError(f"{error.__class__.__name__}: {error}", "run again with --debug for details")
+    return WorkError(
+        f"{type(error).__name__}: {error}",
+        "this is a defect or a broken file: run it again with --debug and report what it prints",
+    )
 
 
 def _fail(error: PocketError, as_json: bool) -> NoReturn:

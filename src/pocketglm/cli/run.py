@@ -30,7 +30,9 @@ def main(
     json: Json = False,
 ) -> None:
     """Print the label with its score, or the embedding, of TEXT."""
-    if text is None and json and sys.stdin.isatty():
+    if text is None and json and not sys.stdin.isatty():
+        text = next(_lines(), None)
+    if text is None and json:
         raise UsageError("--json needs one text", 'for example: run PATH "set an alarm" --json')
     session = open_session(path, RunOptions(threads=threads))
     tokenizer = Tokenizer.load(path)
@@ -40,8 +42,6 @@ def main(
                 raise UsageError("the text is empty", 'for example: run PATH "set an alarm"')
             result = answer(session, tokenizer, path, line, top, max_length)
             emit(result, json, lambda result=result: show(result))  # type: ignore[misc]
-            if json:
-                break
     finally:
         session.close()
 
