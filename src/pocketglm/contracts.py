@@ -120,7 +120,6 @@ class Target:
 
     summary: str
     runtime: str
-    extra: str
     supports: Callable[[Checkpoint, ExportOptions], list[str]]
     lower: Callable[[Checkpoint, Path, ExportOptions, Reporter], Lowered]
     blocks: Callable[[Path, Ids, Ids], dict[str, Floats]]
@@ -137,7 +136,7 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
-    """What a caller must know about an open model."""
+    """What a caller must know about an open model. `threads`: how many it was opened with."""
 
     runtime: str
     output: str  # "logits" or "sentence_embedding"
@@ -145,6 +144,7 @@ class SessionInfo:
     max_length: int = 512
     pooling: str = ""
     activation: str = "none"
+    threads: int = 0
 
 
 class EncoderSession(Protocol):
@@ -161,10 +161,9 @@ class EncoderSession(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Opens a folder. `extra` is the pip extra that brings its package ('' = core)."""
+    """Opens a folder. A package that is not in the core is imported by `errors.require`."""
 
     summary: str
-    extra: str
     open: Callable[[Path, RunOptions], EncoderSession]
 
 
@@ -183,7 +182,10 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What a task measured. `rows` holds per-row values, for paired comparison of two models."""
+    """What a task measured. `rows` holds per-row values, for paired comparison of two models.
+
+    truncated: share of the texts that were cut to the length limit.
+    """
 
     primary: str
     metrics: Mapping[str, Metric]
@@ -191,17 +193,23 @@ class Scores:
     predictions: Sequence[str] = ()
     gold: Sequence[str] = ()
     texts: Sequence[str] = ()
+    truncated: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class DataOptions:
-    """Which rows to read, and which columns hold what."""
+    """Which rows to read, and which columns hold what.
+
+    divided_by: the text and label column with which the model was trained on this very file; only
+    the rows that training held out for test are read then.
+    """
 
     path: Path
     text_column: str = "text"
     label_column: str = "label"
     oos_label: str = "oos"
     limit: int | None = None
+    divided_by: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -393,7 +393,7 @@ def test_every_verb_is_callable_and_has_a_help_line() -> None:
 
 
 def test_extras_named_in_the_code_exist() -> None:
-    """`require(..., extra="x")` and SPEC.extra must name an extra of pyproject.toml."""
+    """`require(..., extra="x")` must name an extra of pyproject.toml."""
     import tomllib
 
     file = Path(__file__).parents[2] / "pyproject.toml"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_encoder import save_tiny
 
 from pocketglm.artifacts.manifest import Manifest
-from pocketglm.contracts import Silent
+from pocketglm.contracts import ExportOptions, Silent
 from pocketglm.errors import InputError, UsageError, WorkError
 from pocketglm.model.encoder import init_encoder, with_classifier
 from pocketglm.model.hf import save_encoder
@@ -21,6 +22,7 @@ from pocketglm.model.spec import EncoderSpec
 from pocketglm.stages import _device
 from pocketglm.stages._measure import Worker, peak_rss, sample
 from pocketglm.stages.bench import bench
+from pocketglm.stages.export import export
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,14 @@ def test_bench_measures_a_checkpoint(tiny: Path) -> None:
     assert {"cpu", "cores", "memory", "system"} <= result.device.keys()
     assert all(result.device.values())
     assert told.last == (40, 40)
+
+
+def test_bench_tells_the_threads_that_the_session_has(tmp_path: Path) -> None:
+    folder, options = save_tiny(tmp_path / "ckpt", max_length=16), ExportOptions(threads=3)
+    assert export(folder, ["onnx"], tmp_path / "out", options=options).targets[0].ok
+    path = tmp_path / "out" / "onnx"
+    assert bench(path, tokens=4, runs=2, warmup=1).threads == 3  # as export.json says
+    assert bench(path, tokens=4, runs=2, warmup=1, threads=2).threads == 2
 
 
 def test_sustained_load_tells_first_and_last_third(tiny: Path) -> None:
@@ -107,7 +117,8 @@ def test_the_process_speaks_only_json(tiny: Path) -> None:
     command = [sys.executable, "-m", "pocketglm.stages._measure", str(tiny), "1", "4", "1"]
     done = subprocess.run(command, input='{"runs": 2}\n', capture_output=True, text=True)
     ready, times, end = (json.loads(line) for line in done.stdout.splitlines())
-    assert ready["runtime"] == "torch"
+    assert (ready["runtime"], ready["threads"]) == ("torch", 1)
+    assert set(ready) == {"runtime", "threads", "load_ms"}
     assert len(times["ms"]) == 2
     assert end["peak_rss"] > 0
     assert done.returncode == 0

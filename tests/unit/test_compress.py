@@ -26,6 +26,7 @@ from pocketglm.errors import (
     LockedError,
     OutputExistsError,
     UnsupportedError,
+    UsageError,
 )
 from pocketglm.model.hf import load_encoder
 from pocketglm.ops.affine import dequantize, quantize
@@ -38,7 +39,7 @@ from pocketglm.stages.plan import Plan
 PLANS = sorted((Path(__file__).parents[2] / "plans").glob("*.yaml"))
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 INT4 = {"bits": 4, "symmetric": False, "embeddings": 8, "head": 8}
-KILLED = """
+STOPPED = """
 import os, signal, sys
 from pathlib import Path
 from pocketglm.contracts import Silent
@@ -48,7 +49,7 @@ from pocketglm.stages.plan import Plan
 class Kill(Silent):
     def progress(self, label, done, total, note=""):
         if done == total // 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), int(sys.argv[3]))
 
 compress(Path(sys.argv[1]), Plan.single("quantize_rtn"), Path(sys.argv[2]), reporter=Kill())
 """
@@ -240,18 +241,65 @@ def test_the_cache_is_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> Non
     assert _cache.cache_root() == Path("/home/someone/.cache/pocketglm/steps")
 
 
-def test_kill_and_run_again_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_stop_and_run_again_gives_the_same_bytes(
+    number: signal.Signals, source: Path, tmp_path: Path
+) -> None:
     out, cache = tmp_path / "out", _cache.cache_root()
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(source), str(out)], env=os.environ, check=False
+    stopped = subprocess.run(
+        [sys.executable, "-c", STOPPED, str(source), str(out), str(int(number))],
+        env=os.environ,
+        check=False,
+        capture_output=True,
     )
-    assert killed.returncode == -signal.SIGKILL
+    assert stopped.returncode == -number
     assert not out.exists()
     assert _cache.usage(cache)[0] == 0
     run(source, out)
     compress(source, Plan.single("quantize_rtn"), tmp_path / "calm", cache=tmp_path / "cache2")
     assert files(out) == files(tmp_path / "calm")
     assert not [f for f in (*tmp_path.iterdir(), *cache.iterdir()) if f.suffix == ".partial"]
+
+
+@pytest.mark.parametrize("where", ["itself", "parent"])
+def test_force_never_overwrites_the_checkpoint(where: str, source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "ckpt"
+    shutil.copytree(source, folder)
+    (folder / "pocketglm.json").write_text("{}")
+    before = files(folder)
+    out = folder if where == "itself" else folder.parent
+    with pytest.raises(UsageError, match="would overwrite"):
+        compress(folder, Plan.single("quantize_rtn"), out, force=True)
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("edit", ["ops/affine.py", "methods/quantize_rtn.py", "ops/new.py"])
+def test_edited_numeric_code_makes_a_step_new(
+    edit: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(source, tmp_path / "a")
+    package = tmp_path / "package"
+    for part in ("ops", "methods"):
+        shutil.copytree(stage._PACKAGE / part, package / part)
+    monkeypatch.setattr(stage, "_PACKAGE", package)
+    for reused in (True, False):
+        stage._code.cache_clear()
+        assert run(source, tmp_path / str(reused)).steps[0].reused is reused
+        with (package / edit).open("a") as file:
+            file.write("# edited\n")
+    stage._code.cache_clear()
+
+
+def test_a_cache_entry_that_lost_most_of_its_files_is_built_again(
+    source: Path, tmp_path: Path
+) -> None:
+    """As `rm` or a cleaner of old files leaves it when it is stopped half-way."""
+    run(source, tmp_path / "a")
+    (entry,) = _cache.cache_root().iterdir()
+    for name in ("pocketglm.json", "config.json", "step.sha256"):
+        (entry / name).unlink()
+    assert not run(source, tmp_path / "b").steps[0].reused
+    assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
 def test_two_writers_of_one_step_and_of_one_output(source: Path, tmp_path: Path) -> None:
@@ -317,3 +365,19 @@ def test_a_full_disk_is_seen_before_the_work(
     with pytest.raises(DiskFullError, match=r"need [0-9,]+ bytes, the disk has 1,000 bytes free"):
         run(source, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_will_be_written_needs_space(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is in the cache: room for the copy is enough."""
+    size = run(source, tmp_path / "a").bytes_after
+    usage = shutil.disk_usage(tmp_path)
+    free = size
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+    assert run(source, tmp_path / "b").steps[0].reused
+    with pytest.raises(DiskFullError, match=f"need {2 * size:,} bytes"):
+        compress(source, Plan.single("quantize_rtn"), tmp_path / "c", cache=tmp_path / "cache2")
+    free = size - 1
+    with pytest.raises(DiskFullError, match=f"need {size:,} bytes"):
+        run(source, tmp_path / "d")

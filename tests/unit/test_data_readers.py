@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,43 @@ def test_tokens_and_intent_stand_in_for_text_and_label(tmp_path: Path) -> None:
     rows = [{"tokens": ["play", "it"], "intent": "p"}, {"tokens": [*"播放", "ABBA"], "intent": "p"}]
     file = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     assert [e.text for e in read_split(DataOptions(file), "test")] == ["play it", "播放ABBA"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"text_column": "utterance"}, "no column 'utterance'; found: utterence, tokens, intent"),
+        ({"label_column": "intnt"}, "no column 'intnt'; found: utterence, tokens, intent"),
+    ],
+)
+def test_a_misspelled_column_is_an_error_whatever_stands_in(
+    tmp_path: Path, columns: dict[str, str], said: str
+) -> None:
+    row = {"utterence": "play it now", "tokens": ["play", "it"], "intent": "p"}
+    file = write(tmp_path / "a.jsonl", json.dumps(row) + "\n")
+    options = DataOptions(file, **columns)  # type: ignore[arg-type]
+    with pytest.raises(DataError) as caught:
+        read_split(options, "test")
+    assert f"{file}:1: {said}" in caught.value.message
+    assert "did you mean" in caught.value.hint
+    if "text_column" in columns:
+        with pytest.raises(DataError, match="no column 'utterance'"):
+            read_texts(file, "utterance")
+    named = DataOptions(file, text_column="tokens", label_column="intent")
+    assert read_split(named, "test") == [Example("play it", "p")]
+
+
+def test_the_first_row_decides_the_columns(tmp_path: Path) -> None:
+    tokens, text = '{"tokens": ["a", "b"], "intent": "x"}\n', '{"text": "c", "label": "y"}\n'
+    for first, second, column in ((tokens, text, "tokens"), (text, tokens, "text")):
+        file = write(tmp_path / "a.jsonl", first + second)
+        with pytest.raises(DataError, match=f"jsonl:2: no column '{column}'"):
+            read_split(DataOptions(file), "test")
+        with pytest.raises(DataError, match=f"jsonl:2: no column '{column}'"):
+            read_texts(file)
+    file = write(tmp_path / "a.jsonl", GOOD + '{"text": "c", "intent": "y"}\n')
+    with pytest.raises(DataError, match="jsonl:2: no column 'label'"):
+        read_split(DataOptions(file), "test")
 
 
 BAD = [
@@ -113,22 +151,35 @@ def test_missing_path_and_missing_split(tmp_path: Path) -> None:
 
 
 def test_one_file_is_divided_for_training_only(tmp_path: Path) -> None:
-    rows = [{"text": f"text {i % 200}", "label": "ab"[i % 2]} for i in range(400)]
+    rows = [{"text": f"text {i % 200}", "q": f"q{i}", "label": "ab"[i % 2]} for i in range(400)]
     file = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     options = DataOptions(file)
+    divided = replace(options, divided_by=("text", "label"))
     train = read_split(options, "train", training=True)
     validation = read_split(options, "validation", training=True)
-    assert len(train) + len(validation) == 400 == len(read_split(options, "train"))
-    assert 20 <= len(validation) <= 70
-    assert not {e.text for e in train} & {e.text for e in validation}
+    test = read_split(divided, "test")
+    assert len(train) + len(validation) + len(test) == 400
+    assert len(read_split(options, "test")) == len(read_split(options, "train")) == 400
+    assert all(20 <= len(part) <= 70 for part in (validation, test))
+    texts = [{e.text for e in part} for part in (train, validation, test)]
+    assert len(set.union(*texts)) == sum(len(part) for part in texts)  # equal texts stay together
     assert train == read_split(options, "train", training=True)
+    # Other columns, the same rows.
+    other = read_split(replace(divided, text_column="q"), "test")
+    assert [f"text {int(e.text[1:]) % 200}" for e in other] == [e.text for e in test]
+    assert len(read_split(replace(divided, limit=7), "test")) == 7
 
 
 def test_a_rare_label_is_trained_not_held_out(tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": str(i)} for i in range(100)]
+    rows += [{"text": f"text {i}", "label": "often"} for i in range(100)]  # the same texts
     file = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    assert len(read_split(DataOptions(file), "train", training=True)) == 100
-    assert read_split(DataOptions(file), "validation", training=True) == []
+    options = DataOptions(file)
+    assert len(read_split(options, "train", training=True)) == 200
+    assert read_split(options, "validation", training=True) == []
+    with pytest.raises(DataError, match="no row was held out for test") as caught:
+        read_split(replace(options, divided_by=("text", "label")), "test")
+    assert caught.value.hint
 
 
 def test_limit_covers_a_file_sorted_by_label(tmp_path: Path) -> None:
@@ -158,12 +209,3 @@ def test_plain_texts(tmp_path: Path) -> None:
     assert read_texts(write(tmp_path / "a.txt", "one\n\n two \n")) == ["one", "two"]
     with pytest.raises(DataError, match="no rows"):
         read_texts(write(tmp_path / "a.txt", "\n"))
-
-
-def test_real_snips_and_clinc(shared_data: Path) -> None:
-    snips = read_split(DataOptions(shared_data / "snips"), "test")
-    clinc = read_split(DataOptions(shared_data / "clinc150"), "test")
-    assert (len(snips), len({e.label for e in snips})) == (700, 7)
-    assert (len(clinc), len({e.label for e in clinc})) == (5500, 151)
-    chinese = read_split(DataOptions(shared_data / "ha_intents_zh"), "test")
-    assert " " not in chinese[0].text

@@ -66,13 +66,30 @@ def test_paired_bootstrap_is_the_plain_bootstrap_of_the_differences() -> None:
 def test_paired_bootstrap_sign_nan_and_bad_input() -> None:
     baseline = np.array([1.0, 1.0, np.nan, 1.0])
     candidate = np.array([0.0, 0.0, 0.0, np.nan])
-    assert paired_bootstrap(baseline, candidate) == (1.0, 1.0, 1.0)  # worse: positive drop
-    assert paired_bootstrap(candidate, baseline)[0] == -1.0
+    assert paired_bootstrap(baseline, candidate) == (1.0, 0.0, 1.0)  # worse: positive drop
+    assert paired_bootstrap(candidate, baseline) == (-1.0, -1.0, 0.0)
     assert paired_bootstrap(baseline, baseline) == (0.0, -1.0, 1.0)  # 3 / n: three rows
     with pytest.raises(ValueError, match="unpaired"):
         paired_bootstrap(baseline, candidate[:2])
     with pytest.raises(ValueError, match="no row counts"):
         paired_bootstrap(np.array([np.nan]), np.array([1.0]))
+
+
+def test_a_better_candidate_never_has_a_worse_interval() -> None:
+    n, bounds = 300, {}
+    for better in (-60, -20, -5, -2, -1, 0, 1, 2, 5, 20, 60):  # rows that it wins, or loses
+        baseline, candidate = np.full(n, 0.5), np.full(n, 0.5)
+        candidate[: abs(better)] = 1.0 if better > 0 else 0.0
+        baseline[: abs(better)] = 1.0 - candidate[: abs(better)]
+        drop, low, high = paired_bootstrap(baseline, candidate)
+        assert -1 <= low <= drop <= high <= 1
+        bounds[better] = low, high
+    steps = np.diff(np.array(list(bounds.values())), axis=0)
+    assert (steps <= 0).all()
+    assert bounds[0] == (-3 / n, 3 / n)  # no row differs
+    assert bounds[1][1] == 3 / n  # one row better proves little
+    assert bounds[-1][0] == -3 / n
+    assert bounds[-60][0] > 0.1  # sixty rows of 300 lost: the rule of three does not hide it
 
 
 def test_macro_f1_is_sklearns() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 import transformers
 from tiny_encoder import VOCAB, quantize_weights, save_tiny, save_tokenizer
 
+import pocketglm.targets
 from pocketglm import registry
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.export import check_files, read_export
@@ -225,23 +228,113 @@ def test_low_agreement_fails_although_no_value_is_far_off(tiny8: Path, tmp_path:
         _parity._judge(manifest, wanted, wanted, -wanted, {})
 
 
-def test_a_killed_export_leaves_nothing_in_its_place_and_runs_again(
-    tiny: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("activation", "share", "limit"),
+    [("none", 2e-4, 1e-4), ("dynamic_block", 0.11, 0.1), ("dynamic_tensor", 0.31, 0.3)],
+)
+def test_a_wrong_fusion_is_not_excused_by_int8(
+    activation: str, share: float, limit: float, tiny8: Path, tmp_path: Path
+) -> None:
+    """One value, far below what the form itself may cost, moved by the graph optimizer."""
+    export(tiny8, EXPORT, tmp_path / "out")
+    manifest = read_export(tmp_path / "out" / "onnx").model_copy(update={"activation": activation})
+    wanted = np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)
+    wanted /= wanted.std()
+    plain = wanted.copy()
+    plain[3, 1] += share
+    with pytest.raises(ParityError, match=rf"optimizer on differs from off.*limit.* {limit:.3g} "):
+        _parity._judge(manifest, wanted, wanted, plain, {})
+    plain[3, 1] = wanted[3, 1] + 0.4 * share
+    _parity._judge(manifest, wanted, wanted, plain, {})
+
+
+def test_the_optimizer_changes_nothing_in_our_int8_files(tiny8: Path, tmp_path: Path) -> None:
+    parity = export(tiny8, EXPORT, tmp_path / "out").targets[0].parity
+    assert parity is not None
+    assert parity.optimizer_max_abs <= 0.3 * parity.output_std < parity.tolerance
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_export_leaves_nothing_in_its_place_and_runs_again(
+    number: signal.Signals, tiny: Path, tmp_path: Path
 ) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path\n"
         "from pocketglm.stages.export import export\n"
         "class Kill:\n"
         "    def say(self, text):\n"
-        "        if text.startswith('checking parity, block'): os.kill(os.getpid(), 9)\n"
+        "        if text.startswith('checking parity, block'):\n"
+        f"            os.kill(os.getpid(), {int(number)})\n"
         "    def progress(self, *state): pass\n"
         f"export(Path({str(tiny)!r}), ['onnx'], Path({str(tmp_path / 'out')!r}), reporter=Kill())"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert os.listdir(tmp_path / "out") == ["onnx.partial"]
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert done.returncode == -number
+    # Ctrl-C still lets us clean up.
+    assert os.listdir(tmp_path / "out") == (["onnx.partial"] if number == signal.SIGKILL else [])
     assert export(tiny, EXPORT, tmp_path / "out").targets[0].ok
     assert os.listdir(tmp_path / "out") == ["onnx"]
+    export(tiny, EXPORT, tmp_path / "calm")
+    assert contents(tmp_path / "out") == contents(tmp_path / "calm")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {file.relative_to(folder).as_posix(): digest_file(file) for file in files}
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk with less room than the export needs; needs the right to mount."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    command = [mount or "mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)]
+    if mount is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("not allowed to mount a small disk here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk(tiny: Path, tiny_disk: Path) -> None:
+    entry = export(tiny, EXPORT, tiny_disk / "out").targets[0]
+    assert (entry.ok, entry.exit_code) == (False, 4)
+    assert "no space left" in str(entry.error)
+    assert list((tiny_disk / "out").iterdir()) == []
+
+
+def test_force_never_overwrites_the_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    """OUT/onnx would be the checkpoint itself."""
+    folder = tmp_path / "onnx"
+    shutil.copytree(tiny, folder)
+    (folder / "pocketglm.json").write_text("{}")
+    before = contents(folder)
+    entry = export(folder, EXPORT, tmp_path, force=True).targets[0]
+    assert (entry.ok, entry.exit_code) == (False, 2)
+    assert "would overwrite" in str(entry.error)
+    assert contents(folder) == before
+
+
+def test_a_target_without_its_package_names_the_pip_command(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A target whose code needs a package of another name than its extra's."""
+    (tmp_path / "targets").mkdir()
+    (tmp_path / "targets" / "absent.py").write_text(
+        "from dataclasses import replace\n"
+        "from pocketglm.errors import require\n"
+        "from pocketglm.targets.onnx import SPEC as ONNX\n"
+        "def lower(*_): require('no_such_package_here', extra='litert')\n"
+        "SPEC = replace(ONNX, lower=lower)\n"
+    )
+    monkeypatch.setattr(
+        pocketglm.targets, "__path__", [*pocketglm.targets.__path__, str(tmp_path / "targets")]
+    )
+    monkeypatch.setattr(registry, "_ROOT", tmp_path)
+    entry = export(tiny, ["absent"], tmp_path / "out").targets[0]
+    assert (entry.ok, entry.exit_code) == (False, 3)
+    assert "pip install 'pocketglm[litert]'" in str(entry.error)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_the_real_minilm_equals_transformers(minilm: Path, tmp_path: Path) -> None:

@@ -188,3 +188,11 @@ def test_the_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(run(capsys, "inspect", tmp_path / "m", "--json"))
     assert (found["parameters"], found["precision"]) == (3_016_960, "bf16")
     assert np.isclose(found["bytes"], 2 * 3_016_960, rtol=0.01)
+
+
+def test_init_never_overwrites_the_tokenizer_that_it_copies(tmp_path: Path) -> None:
+    init("autoglm-nano", tmp_path / "a")
+    before = contents(tmp_path / "a")
+    with pytest.raises(UsageError, match="would overwrite"):
+        init("autoglm-nano", tmp_path / "a", tokenizer=tmp_path / "a", force=True)
+    assert contents(tmp_path / "a") == before

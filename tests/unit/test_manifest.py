@@ -143,7 +143,8 @@ def test_scheme_counts_groups_and_bytes() -> None:
     assert channel.groups(384) == 1
     assert channel.nbytes(10, 384) == 10 * 384 + 10 * 2
     assert grouped.groups(384) == 12
-    assert grouped.nbytes(10, 384) == 10 * 192 + 10 * 12 * 2 + 10 * 12
+    # Asymmetric INT4: float32 scales, and zero points packed 8 rows to a word.
+    assert grouped.nbytes(10, 384) == 10 * 192 + 10 * 12 * 4 + 2 * 12 * 4
 
 
 @pytest.mark.parametrize("group", [0, -32])

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.ops.affine import dequantize, quantize
-from pocketglm.ops.packing import pack_int32, pack_nibbles, pack_zero_points, unpack_int32
+from pocketglm.ops.packing import pack_blocks, pack_int32, pack_rows, unpack_int32
 
 
 def integers(rows: int, columns: int, bits: int = 4) -> torch.Tensor:
@@ -50,11 +50,11 @@ def matmul_nbits(
     size = block or scheme.group_size or columns
     blocks = -(-columns // size)
     constants = {
-        "B": pack_nibbles(q, scheme, block),
+        "B": pack_blocks(q, scheme.bits, size),
         "scales": np.ascontiguousarray(scales.expand(rows, blocks).numpy()),
     }
     if zeros is not None:
-        constants["zeros"] = pack_zero_points(zeros.expand(rows, blocks), scheme)
+        constants["zeros"] = pack_rows(zeros.expand(rows, blocks), scheme.bits)
     node = helper.make_node(
         "MatMulNBits",
         ["x", *constants],
@@ -109,7 +109,7 @@ def test_per_channel_int8_in_blocks_of_128(columns: int) -> None:
     scheme = TensorScheme(bits=8)
     q, scales, zeros = quantize(torch.randn(16, columns), scheme)
     exact = dequantize(q, scales, zeros, scheme)
-    packed = pack_nibbles(q, scheme, 128)
+    packed = pack_blocks(q, 8, 128)
     assert packed.shape == (16, -(-columns // 128), 128)
     assert (packed.reshape(16, -1)[:, columns:] == 128).all()  # filled up with zeros
     identity = matmul_nbits(np.eye(columns, dtype=np.float32), q, scales, zeros, scheme, 128)
@@ -117,14 +117,8 @@ def test_per_channel_int8_in_blocks_of_128(columns: int) -> None:
 
 
 def test_shapes_and_an_odd_number_of_zero_points() -> None:
-    scheme = TensorScheme(bits=4, group_size=32, symmetric=False)
-    assert pack_nibbles(integers(5, 96), scheme).shape == (5, 3, 16)
+    assert pack_blocks(integers(5, 96), 4, 32).shape == (5, 3, 16)
+    assert pack_blocks(integers(5, 100), 4, 32).shape == (5, 4, 16)
     zeros = torch.tensor([[-8, 7, 1]], dtype=torch.int8)
-    assert pack_zero_points(zeros, scheme).tolist() == [[0xF0, 0x09]]
-    eight = TensorScheme(bits=8, group_size=32, symmetric=False)
-    assert pack_zero_points(zeros, eight).tolist() == [[120, 135, 129]]
-
-
-def test_a_per_channel_weight_needs_a_block() -> None:
-    with pytest.raises(ValueError, match="needs a block size"):
-        pack_nibbles(integers(2, 32, 8), TensorScheme(bits=8))
+    assert pack_rows(zeros, 4).tolist() == [[0xF0, 0x09]]
+    assert pack_rows(zeros, 8).tolist() == [[120, 135, 129]]

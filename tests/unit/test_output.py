@@ -150,26 +150,71 @@ def test_something_else_is_refused_and_kept(out: Path) -> None:
     assert names(out.parent) == {"out"}
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "link", "dangling link"])
-def test_force_replaces_whatever_is_there(out: Path, tmp_path: Path, kind: str) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "precious").write_text("not ours")
-    out.parent.mkdir()
-    if kind == "folder":
-        make(out, "theirs")
-    elif kind == "file":
-        out.write_text("a file")
-    else:
-        out.symlink_to(elsewhere if kind == "link" else tmp_path / "nowhere")
-    with pytest.raises(OutputExistsError):
-        is_done(out, "r", force=False)
+@pytest.mark.parametrize("name", ["pocketglm.json", "export.json", "proof.json"])
+def test_force_replaces_an_output(out: Path, name: str) -> None:
+    make(out, "theirs")
+    (out / "pocketglm.json").rename(out / name)
     assert not is_done(out, "r", force=True)
     make(out, "r", force=True)
-    assert not out.is_symlink()
     assert is_done(out, "r", force=False)
+    assert names(out) == {"result", "pocketglm.json"}
     assert names(out.parent) == {"out"}
-    assert (elsewhere / "precious").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "tree", "file", "link", "dangling link"])
+@pytest.mark.parametrize("force", [False, True])
+def test_what_we_did_not_write_is_never_replaced(
+    out: Path, tmp_path: Path, kind: str, force: bool
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    make(elsewhere, "theirs")  # also a link to an output of ours is the user's
+    out.parent.mkdir()
+    if kind in ("folder", "tree"):
+        out.mkdir()
+        (out / "thesis.txt").write_text("precious")
+        if kind == "tree":  # outputs further down do not make it ours
+            make(out / "sub", "theirs")
+    elif kind == "file":
+        out.write_text("precious")
+    else:
+        out.symlink_to(elsewhere if kind == "link" else tmp_path / "nowhere")
+    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+    for action in (lambda: is_done(out, "r", force), lambda: make(out, "r", force=force)):
+        with pytest.raises(OutputExistsError, match="is not an output folder of PocketGLM") as e:
+            action()
+        assert e.value.exit_code == 2
+    assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("source", ["out", "out/deep/model", "out.partial", "out.replaced"])
+def test_out_may_not_be_or_hold_an_input(
+    out: Path, source: str, force: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(out, "theirs")
+    folder = out.parent / source
+    if folder != out:
+        make(folder, "theirs", "precious")
+    monkeypatch.chdir(out.parent)  # one path relative, the other absolute
+    text = (folder / "result").read_text()
+    for action in (is_done, lambda *a: output_folder(*a).__enter__()):
+        with pytest.raises(UsageError, match="would overwrite") as caught:
+            action(Path("out"), "r", force, [out / "other", folder])
+        assert caught.value.exit_code == 2
+    assert (folder / "result").read_text() == text
+
+
+def test_an_input_reached_by_a_link(out: Path, tmp_path: Path) -> None:
+    make(out, "theirs")
+    (tmp_path / "link").symlink_to(out)
+    with pytest.raises(UsageError, match="would overwrite"):
+        is_done(out, "r", True, [tmp_path / "link"])
+
+
+def test_inputs_elsewhere_do_not_matter(out: Path) -> None:
+    with output_folder(out, "r", False, [out.parent / "out2", out.parent]) as partial:
+        finish(partial, "r")
+    assert is_done(out, "r", False, [out.parent])
 
 
 @pytest.mark.parametrize("name", [".", "..", "x/.."])
@@ -229,11 +274,12 @@ def test_unfinished_work_of_another_command(out: Path, partial: Path) -> None:
     assert out.parent.parent.exists()  # what the link pointed to
 
 
-def test_unmarked_files_are_somebody_elses(out: Path, partial: Path) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_unmarked_files_are_somebody_elses(out: Path, partial: Path, force: bool) -> None:
     partial.mkdir(parents=True)
     (partial / "holiday.jpg").write_text("precious")
-    with pytest.raises(OutputExistsError):
-        make(out, "r")
+    with pytest.raises(OutputExistsError, match="is not unfinished work of PocketGLM"):
+        make(out, "r", force=force)
     assert names(partial) == {"holiday.jpg"}
 
 
@@ -412,3 +458,82 @@ def test_a_crash_at_any_step_of_the_commit_can_be_resumed(out: Path, step: int) 
             assert (folder / "result").read_text() == "new"  # nothing was lost
     assert (out / "result").read_text() == "new"
     assert is_done(out, "new", force=False)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_a_crash_between_the_renames_left_is_removed(out: Path, force: bool) -> None:
+    """A crash after the new one is in place: the old one is still there under another name."""
+    old = out.with_name("out.replaced")
+    make(out, "r")
+    make(old, "old")
+    if force:
+        make(out, "r", force=True)
+    else:
+        assert is_done(out, "r", force=False)
+    assert names(out.parent) == {"out"}
+    make(old, "old")
+    shutil.rmtree(out)  # a crash before it is: the next run puts it there
+    make(out, "r")
+    assert names(out.parent) == {"out"}
+
+
+def test_a_folder_of_the_users_with_the_name_of_a_replaced_one(out: Path) -> None:
+    make(out, "old")
+    mine = out.with_name("out.replaced")
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    make(out.with_name("out.replaced-2"), "left by a crash")
+    make(out, "new", force=True)
+    assert request_of(out) == "new"
+    assert names(mine) == {"thesis.txt"}
+    assert names(out.parent) == {"out", "out.replaced"}
+
+
+def test_a_replaced_folder_stays_ours_until_it_is_gone(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash while it is being removed: the manifest is removed last."""
+    make(out, "r")
+    old = out.with_name("out.replaced")
+    make(old, "old")
+    (old / "z").write_text("sorted after the manifest")
+    unlink = Path.unlink
+
+    def crash(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "pocketglm.json":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", crash)
+        with pytest.raises(KeyboardInterrupt):
+            is_done(out, "r", force=False)
+    assert names(old) == {"pocketglm.json"}
+    assert is_done(out, "r", force=False)
+    assert names(out.parent) == {"out"}
+
+
+def test_every_file_is_on_the_disk_before_the_rename(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    wanted: set[int] = set()
+    fsync, rename = os.fsync, os.rename
+
+    def watched(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def checked(source: Path, target: Path) -> None:
+        wanted.update(p.stat().st_ino for p in (source, *source.rglob("*")))
+        assert wanted <= synced
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(os, "rename", checked)
+    with output_folder(out, "r") as partial:
+        (partial / "onnx" / "deep").mkdir(parents=True)
+        (partial / "onnx" / "deep" / "model.onnx").write_bytes(b"weights")
+        finish(partial, "r")
+    assert len(wanted) == 7
+    assert out.parent.stat().st_ino in synced

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from pocketglm.artifacts import manifest as manifest_module
 from pocketglm.artifacts.export import read_export
 from pocketglm.artifacts.manifest import Manifest
 from pocketglm.artifacts.proof import Claim, read_proof
@@ -25,6 +29,7 @@ from pocketglm.eval.intent import intent_scores
 from pocketglm.model.encoder import init_encoder, with_classifier
 from pocketglm.model.hf import save_encoder
 from pocketglm.model.spec import EncoderSpec
+from pocketglm.report import _format
 from pocketglm.runtimes import open_session
 from pocketglm.stages import _claims, _timing
 from pocketglm.stages._claims import Builder, Gates
@@ -119,7 +124,9 @@ def test_a_model_against_itself(world: World, tmp_path: Path) -> None:
     assert claims["size"].verdict == "pass"
     assert 0.2 < claims["speedup"].value < 5
     assert claims["speedup"].verdict == "fail"
-    assert claims["peak_memory"].n == 3
+    assert claims["peak_memory"].n == claims["memory_ratio"].n == claims["load_time"].n == 6
+    assert claims["latency_p50"].n == claims["speedup"].n == 7
+    assert -claims["macro_f1_drop"].low == claims["macro_f1_drop"].high == pytest.approx(300 / 120)
     assert claims["peak_memory"].value < 400
     assert (result.verdict, exit_code(result)) == ("fail", 1)
 
@@ -175,6 +182,88 @@ def test_a_worse_model_fails_with_evidence(world: World, tmp_path: Path) -> None
     assert any("scoring" in line for line in told)
 
 
+def test_both_models_run_with_the_threads_that_the_candidate_records(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    real = Worker.__enter__
+
+    def spy(self: Worker) -> Worker:
+        used.append(real(self).used_threads)
+        return self
+
+    monkeypatch.setattr(Worker, "__enter__", spy)
+    copy = shutil.copytree(world.good_export, tmp_path / "copy")
+    trained = {"method": "finetune", "settings": {"data": str(world.data.path)}}
+    edit(copy, "export.json", threads=3, lineage=[trained])
+
+    def run() -> ProveResult:
+        return prove(copy, world.good_export, "intent", world.data, tmp_path / "p", pairs=7)
+
+    result = run()
+    assert set(used) == {3}
+    assert len(used) == 2 + 2 * _timing.PROCESSES
+    assert all(", 3 threads, " in claim.device for claim in result.claims)
+    details = read_proof(tmp_path / "p").details
+    assert details["latency"]["threads"] == 3
+    assert "--threads 3" in details["command"]
+    # Only the candidate was trained on the file; both are scored on the rows held out of it.
+    assert 0 < read_proof(tmp_path / "p").data["n"] < 40
+    assert "divided" not in details["command"]
+    assert run().already_done
+    # The same files exported with another setting, or by another version, are not proved yet.
+    for fields in ({"threads": 2}, {"activation": "dynamic"}, {"max_length": 20}):
+        before = (copy / "export.json").read_text()
+        edit(copy, "export.json", **fields)
+        with pytest.raises(OutputExistsError):
+            run()
+        (copy / "export.json").write_text(before)
+    assert run().already_done
+    monkeypatch.setattr(manifest_module, "__version__", "0")
+    with pytest.raises(OutputExistsError):
+        run()
+
+
+class Interrupts(Silent):
+    """Ctrl-C at the first round of the speed measurement."""
+
+    def progress(self, label: str, done: int, total: int, note: str = "") -> None:
+        if label == "speed":
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_proof_is_made_again(world: World, tmp_path: Path) -> None:
+    out, partial = tmp_path / "p", tmp_path / "p.partial"
+
+    def run(limit: float, reporter: Silent) -> ProveResult:
+        return prove(
+            world.good_export, world.good, "intent", world.data, out,
+            gates=Gates(max_accuracy_drop=limit), threads=1, pairs=7, reporter=reporter,
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        run(1, Interrupts())
+    assert list(tmp_path.iterdir()) == []
+
+    options = ["--data", world.data.path, "--task", "intent", "--max-accuracy-drop", 10]
+    options += ["--threads", 1, "--pairs", 7, "--baseline", world.good, "--out", out]
+    command = [sys.executable, "-m", "pocketglm", "prove", world.good_export, *options]
+    child = subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not (partial / "baseline" / "onnx").exists():
+        assert child.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    child.kill()
+    child.wait()
+    assert (partial / "baseline").exists()
+    assert not out.exists()
+
+    assert run(10, Silent()).verdict == "pass"
+    assert not partial.exists()
+    assert not (out / "baseline").exists()
+
+
 def test_embeddings(tmp_path: Path) -> None:
     save(tmp_path / "embedder", head=False)
     assert export(tmp_path / "embedder", ["onnx"], tmp_path / "e").targets[0].ok
@@ -191,6 +280,7 @@ def test_embeddings(tmp_path: Path) -> None:
     assert claims["nn_accuracy_drop"].verdict == result.verdict == "pass"
     assert claims["cosine"].value == pytest.approx(1, abs=1e-6)
     assert claims["cosine_min"].value <= claims["cosine"].value
+    assert "| exact |" in (tmp_path / "p" / "report.md").read_text().split("worst row")[1]
     assert "macro_f1_drop" not in claims
     assert exit_code(result) == 0
 
@@ -221,6 +311,8 @@ def test_bad_input_leaves_nothing(world: World, tmp_path: Path) -> None:
         run(baseline=tmp_path / "nothing")
     with pytest.raises(InputError):
         run(data=DataOptions(tmp_path / "none.jsonl"))
+    with pytest.raises(UsageError, match="would overwrite"):
+        run(out=world.good_export, force=True)
     with pytest.raises(UsageError, match="no test row has the label 'beyond'"):
         run(
             data=DataOptions(world.data.path, oos_label="beyond"),
@@ -228,6 +320,11 @@ def test_bad_input_leaves_nothing(world: World, tmp_path: Path) -> None:
         )
     with pytest.raises(UsageError, match="'embed' has no out-of-scope recall"):
         run(task="embed", gates=Gates(max_oos_recall_drop=1))
+    file = tmp_path / "oos.jsonl"
+    file.write_text('{"text": "rain", "label": "oos"}\n' * 3)
+    with pytest.raises(UsageError, match=r"--max-oos-recall-drop: every test row .* 'oos'"):
+        run(data=DataOptions(file), gates=Gates(max_oos_recall_drop=1))
+    file.unlink()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -294,8 +391,29 @@ def test_without_out_of_scope_rows_there_is_one_accuracy() -> None:
         BUILD, scores(gold, gold), scores(gold, gold), Gates(max_accuracy_drop=0.1)
     )
     assert [c.metric for c in claims] == ["accuracy_drop", "macro_f1_drop", "flips"]
+    assert claims[1].value == 0
+    assert (claims[1].low, claims[1].high) == pytest.approx((-100 / 5, 100 / 5))  # rule of three
     only_oos = _claims.task_claims(BUILD, scores([2], [2]), scores([2], [2]), Gates())
     assert [c.metric for c in only_oos] == ["accuracy_drop", "macro_f1_drop", "flips"]
+    assert (only_oos[1].low, only_oos[1].high) == (-100, 100)
+
+
+@pytest.mark.parametrize("gate", Gates.model_fields)
+def test_no_gate_vanishes(gate: str) -> None:
+    gates = Gates(**{gate: 1.0})
+    gold = [0, 1, 2] * 5
+    some = Timings([[1.0]] * 7, [1] * 6, [1.0] * 6)
+    claims = [
+        *_claims.task_claims(BUILD, scores(gold, gold), scores(gold, gold), gates),
+        *_claims.speed_claims(BUILD, some, some, gates),
+        *_claims.memory_claims(BUILD, some, some, gates),
+        *_claims.size_claims(BUILD, (1, 1), (1, 1), gates),
+    ]
+    _claims.check_gates(claims, gates)
+    assert sum(claim.limit is not None for claim in claims) == 1
+    words = f"--{gate.replace('_', '-')}: "
+    with pytest.raises(UsageError, match=words):
+        _claims.check_gates([c for c in claims if c.limit is None], gates)
 
 
 @pytest.mark.parametrize(("n", "rank"), [(6, 1), (7, 1), (8, 1), (9, 2), (12, 3), (40, 14)])
@@ -313,20 +431,38 @@ def test_median_interval_needs_six() -> None:
 
 
 def test_speed_and_memory_verdicts() -> None:
-    slow = Timings([[8.0, 8.2, 9.0]] * 9, [200_000_000] * 3, [50.0, 60.0, 70.0])
-    fast = Timings([[4.0, 4.1, 99.0]] * 9, [100_000_000, 110_000_000, 90_000_000], [9.0] * 3)
+    slow = Timings([[8.0, 8.2, 9.0]] * 9, [200_000_000] * 6, [50.0, 60.0, 70.0] * 2)
+    fast = Timings([[4.0, 4.1, 99.0]] * 9, [100_000_000, 110_000_000, 90_000_000] * 2, [9.0] * 6)
     speed = {c.metric: c for c in _claims.speed_claims(BUILD, slow, fast, Gates(min_speedup=1.9))}
     assert speed["speedup"].value == pytest.approx(2)
     assert speed["speedup"].verdict == "pass"
     assert (speed["latency_p50"].baseline, speed["latency_p50"].value) == (8.2, 4.1)
-    assert speed["load_time"].value == 9
+    assert (speed["speedup"].n, speed["latency_p50"].n) == (9, 9)  # rounds, not calls
+    assert (speed["load_time"].value, speed["load_time"].n) == (9, 6)
     memory = {
         c.metric: c for c in _claims.memory_claims(BUILD, slow, fast, Gates(max_memory_mb=105))
     }
     assert memory["peak_memory"].verdict == "inconclusive"
     assert memory["memory_ratio"].low == pytest.approx(200 / 110)
+    assert memory["memory_ratio"].high == pytest.approx(200 / 90)
     back = _claims.speed_claims(BUILD, fast, slow, Gates(min_speedup=1.9))
     assert back[0].verdict == "fail"
+
+
+def test_the_range_of_a_few_processes_is_no_interval() -> None:
+    few = Timings([[1.0]] * 7, [1] * 5, [1.0] * 5)
+    for claims_of_few in (_claims.memory_claims, _claims.speed_claims):
+        with pytest.raises(ValueError, match="needs 6 values, got 5"):
+            claims_of_few(BUILD, few, few, Gates())
+
+
+def test_an_outlier_among_many_processes_does_not_decide() -> None:
+    peaks = [100_000_000 + i for i in range(11)]
+    usual, once = (Timings([[1.0]] * 7, p, [1.0] * 11) for p in (peaks, [*peaks, 900_000_000][1:]))
+    peak, ratio = _claims.memory_claims(BUILD, usual, once, Gates(max_memory_mb=101))
+    assert peak.verdict == "pass"
+    assert ratio.low <= ratio.value <= ratio.high
+    assert ratio.low == pytest.approx(1, abs=1e-6)
 
 
 def test_size_verdicts() -> None:
@@ -343,6 +479,8 @@ def test_cosine_interval_holds_the_mean() -> None:
     mean, worst = _claims.cosine_claims(BUILD, np.array([1.0, 0.9, 0.95, 1.0]))
     assert mean.low < mean.value < mean.high
     assert worst.value == 0.9
+    assert _format.interval(worst) == "exact"
+    assert _format.interval(mean) != "exact"
 
 
 def test_confusions_count_only_what_got_worse() -> None:
@@ -363,18 +501,21 @@ def test_confusions_count_only_what_got_worse() -> None:
 
 def test_rounds_alternate(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
+    calls: dict[int, int] = {}
     real = Worker.run
 
     def spy(self: Worker, runs: int = 1, seconds: float = 0.0) -> list[float]:
         order.append("a" if self.path == world.good_export else "b")
+        calls[self.pid] = calls.get(self.pid, 0) + runs
         return real(self, runs, seconds)
 
     monkeypatch.setattr(Worker, "run", spy)
-    monkeypatch.setattr(_timing, "PROCESSES", 1)
+    monkeypatch.setattr(_timing, "PROCESSES", 2)
     a, b = _timing.interleave(world.good_export, world.bad_export, 8, 1, 4, Silent())
-    assert "".join(order) == "ab" + "abbaabba"
+    assert "".join(order) == "ab" + "abbaabba" + "abba"
     assert len(a.rounds) == len(b.rounds) == 4
-    assert len(a.peaks) == len(a.loads) == 1
+    assert len(a.peaks) == len(a.loads) == len(b.peaks) == 2
+    assert len(set(list(calls.values())[2:])) == 1  # memory: each process makes as many calls
 
 
 def test_parts_add_up_to_the_file(world: World) -> None:

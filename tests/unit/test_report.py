@@ -153,6 +153,26 @@ def test_verdicts_come_first_with_value_interval_and_limit() -> None:
     assert DEVICE in text
 
 
+def test_noise_is_told_as_what_it_is() -> None:
+    text = " ".join(Page(html.render(proof())).text.split())
+    assert "counts as none" not in text
+    assert "what a metric varies by from run to run" in text
+    assert "verdicts come from the interval alone" in text
+
+
+def test_memory_reads_the_same_everywhere() -> None:
+    memory = claim("memory_ratio", 1.55, 1.5, 1.6, unit="x", better="higher")
+    text = Page(html.render(proof(claims=[memory]))).text
+    assert "1.55× less" in text
+
+
+def test_counted_values_have_no_interval() -> None:
+    size = claim("size", 23, 23, 23, unit="MB", tolerance=0, limit=30)
+    assert "23.0 MB, exact, limit ≤ 30.0 MB: pass" in svg.gate("g", size)
+    text = Page(html.render(proof(claims=[size]))).text
+    assert "counted values are exact" in text
+
+
 @pytest.mark.parametrize(
     ("value", "low", "high", "words"),
     [

@@ -70,6 +70,13 @@ def test_options_do_not_change_the_result(options: RunOptions, exported: Path) -
     assert np.abs(RUNTIME.open(exported, options).logits(IDS, MASK) - wanted).max() < 1e-5
 
 
+def test_threads_are_the_callers_then_the_exports_then_all_cores(copy: Path) -> None:
+    assert open_session(copy).info.threads == usable_cores()
+    write_json(copy / EXPORT, read_export(copy).model_copy(update={"threads": 3}))
+    assert open_session(copy).info.threads == 3
+    assert open_session(copy, RunOptions(threads=1)).info.threads == 1
+
+
 def test_other_integer_types_are_taken(exported: Path) -> None:
     session = open_session(exported)
     wanted = session.logits(IDS, MASK)

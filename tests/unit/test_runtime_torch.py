@@ -16,6 +16,7 @@ from pocketglm.model.encoder import Encoder, init_encoder, with_classifier
 from pocketglm.model.hf import save_encoder
 from pocketglm.model.spec import EncoderSpec
 from pocketglm.runtimes import open_session
+from pocketglm.runtimes._cores import usable_cores
 
 IDS: Ids = np.arange(12).reshape(2, 6)
 MASK: Ids = np.array([[1] * 6, [1] * 4 + [0] * 2])
@@ -41,6 +42,8 @@ def test_classifier_session(tmp_path: Path) -> None:
     model = saved(tmp_path, ["a", "b", "c"], Manifest(max_length=16))
     session = open_session(tmp_path)
     assert session.info.runtime == "torch"
+    assert session.info.threads == usable_cores()
+    assert open_session(tmp_path, RunOptions(threads=3)).info.threads == 3
     assert (session.info.output, session.info.labels) == ("logits", ("a", "b", "c"))
     assert (session.info.max_length, session.info.pooling) == (16, "mean")
     logits = session.logits(IDS, MASK)
@@ -135,4 +138,4 @@ def test_wrong_paths(tmp_path: Path) -> None:
 
 def test_the_runtime_is_found_by_its_name() -> None:
     assert "torch" in registry.names("runtimes")
-    assert registry.load("runtimes", "torch").extra == ""
+    assert registry.load("runtimes", "torch").summary

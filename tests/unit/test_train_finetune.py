@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.manifest import Manifest
+from pocketglm.cli._main import main
 from pocketglm.contracts import DataOptions
 from pocketglm.data.tokenizer_training import save_tokenizer, train_wordpiece
 from pocketglm.errors import (
@@ -35,6 +39,8 @@ from pocketglm.train._rows import choose_length, pad, read_rows, tokenize
 from pocketglm.train.finetune import FinetuneConfig, _prepare, finetune
 from pocketglm.train.loop import CHECKPOINT
 
+WORKER = Path(__file__).with_name("train_worker.py")
+launch_two: Callable[..., str] = runpy.run_path(str(WORKER))["launch_two"]
 WORDS = {
     "alarm": ["wake", "alarm", "morning", "ring"],
     "music": ["song", "play", "album", "band"],
@@ -192,6 +198,70 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert files(out) == files(trained)
 
 
+def test_two_processes_train_what_one_trains(encoder: Path, data: Path, tmp_path: Path) -> None:
+    """The command itself under `accelerate launch`: same weights, written and told once."""
+    still = load_encoder(Checkpoint.open(encoder))
+    still.spec = replace(still.spec, dropout=0.0, attention_dropout=0.0)
+    source = tmp_path / "still"
+    save_encoder(still, source, source=Checkpoint.open(encoder), labels=[], manifest=Manifest())
+    settings = config(data, epochs=1.5, learning_rate=1e-3, head_multiplier=10.0, limit=90)
+    finetune(source, settings, tmp_path / "one")
+    command = ["-m", "pocketglm", "train", source, "--task", "intent", "--data", data]
+    command += ["--epochs", 1.5, "--batch-size", 8, "--lr", 1e-3, "--precision", "fp32"]
+    command += ["--limit", 90, "--out", tmp_path / "two", "--json"]
+    printed = launch_two(*command)
+    assert json.loads(printed)["steps"] == 18  # one JSON value: one process told
+    one, two = (json.loads((tmp_path / n / "training.json").read_text()) for n in ("one", "two"))
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    assert two["validation"] == one["validation"]
+    ours, theirs = (
+        load_encoder(Checkpoint.open(tmp_path / name)).state_dict() for name in ("one", "two")
+    )
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+    assert sorted(files(tmp_path / "two")) == sorted(files(tmp_path / "one"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "still", "two"]
+    assert finetune(source, settings, tmp_path / "two").already_done
+
+
+def test_only_new_layers_learn_faster(
+    encoder: Path, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    def fast(path: Path, name: str, **changes: Any) -> list[tuple[int, ...]]:
+        """Shapes of the parameters that have ten times the rate."""
+        groups: list[dict[str, Any]] = []
+        hook = register_optimizer_step_pre_hook(lambda o, *_: groups.extend(o.param_groups))
+        try:
+            quick = config(data, epochs=0.05, learning_rate=1e-6, head_multiplier=10, **changes)
+            finetune(path, quick, tmp_path / name)
+        finally:
+            hook.remove()
+        assert {g["initial_lr"] for g in groups} <= {1e-6, 1e-6 * 10}
+        return sorted(tuple(p.shape) for g in groups if g["initial_lr"] > 2e-6 for p in g["params"])
+
+    pooler, classifier = [(16,), (16, 16)], [(3,), (3, 16)]
+    assert fast(encoder, "mean") == classifier
+    assert fast(encoder, "cls", pooling="cls") == sorted([*classifier, *pooler])
+    assert fast(trained, "continued") == []
+    # As a BERT folder comes: a trained pooler, but a classifier of other labels.
+    model = load_encoder(Checkpoint.open(tmp_path / "cls"))
+    source = Checkpoint.open(tmp_path / "cls")
+    save_encoder(model, tmp_path / "bert", source=source, labels=[*"abc"], manifest=Manifest())
+    assert fast(tmp_path / "bert", "relabelled") == classifier
+
+
+def test_the_command_takes_a_limit(
+    encoder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", encoder, "--task", "intent", "--data", data, "--out", tmp_path / "out"]
+    command += ["--epochs", 0.1, "--limit", 12]
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in command])
+    assert not stop.value.code
+    assert "12 training rows, 12 validation" in capsys.readouterr().err
+    settings = Checkpoint.open(tmp_path / "out").manifest.lineage[-1].settings
+    assert settings["limit"] == 12
+
+
 def test_a_fitting_classifier_is_continued(data: Path, trained: Path, tmp_path: Path) -> None:
     weights = load_encoder(Checkpoint.open(trained)).state_dict()
     slow = config(data, epochs=0.1, learning_rate=1e-9, weight_decay=0)
@@ -252,8 +322,10 @@ def test_a_single_file_is_divided(encoder: Path, tmp_path: Path) -> None:
     file.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows.items()))
     finetune(encoder, config(file, epochs=0.1), tmp_path / "out", reporter=told)
     train, validation = (int(told.lines[0].split()[n]) for n in (0, 3))
-    assert train + validation == len(rows)
-    assert 0.02 < validation / len(rows) < 0.25
+    scores, result = evaluate(tmp_path / "out", "intent", DataOptions(file))
+    assert result.split == "test (held out of rows.csv)"
+    assert train + validation + len(scores.texts) == len(rows)
+    assert all(0.02 < held_out / len(rows) < 0.25 for held_out in (validation, len(scores.texts)))
 
 
 def test_minutes_bound_the_run(encoder: Path, data: Path, tmp_path: Path) -> None:

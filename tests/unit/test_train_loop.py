@@ -32,6 +32,7 @@ accuracy: Callable[[nn.Module], float] = WORKER_NAMES["accuracy"]
 cross_entropy = WORKER_NAMES["cross_entropy"]
 digest: Callable[[nn.Module], str] = WORKER_NAMES["digest"]
 problem: Callable[[], tuple[Rows, torch.Tensor]] = WORKER_NAMES["problem"]
+launch_two: Callable[..., str] = WORKER_NAMES["launch_two"]
 run: Callable[..., tuple[nn.Module, LoopResult]] = WORKER_NAMES["run"]
 tiny: Callable[[float], nn.Module] = WORKER_NAMES["Tiny"]
 
@@ -182,17 +183,23 @@ def test_kill_9_then_resume_gives_the_same_weights(tmp_path: Path) -> None:
 
 def test_two_processes_follow_the_loss_curve_of_one(tmp_path: Path) -> None:
     _, alone = run(tmp_path / "one", dropout=0.0)
-    # With --cpu, accelerate launch starts one process only (more would need mpirun).
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    launch += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    arguments = [WORKER, tmp_path / "two", tmp_path / "result.json", "0", "0.0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([*launch, *map(str, arguments)], check=True, env=environment)
-    both = json.loads((tmp_path / "result.json").read_text())
+    launch_two(WORKER, tmp_path / "two", tmp_path / "result.json", "0", "0.0")
+    both = json.loads((tmp_path / "result.json.0").read_text())
     assert both["processes"] == 2
     assert len(both["losses"]) == 24
     assert both["losses"] == pytest.approx(alone.losses, abs=1e-5)
+
+
+def test_two_processes_share_one_time_budget(tmp_path: Path) -> None:
+    """The second one believes in twice the minutes; only the first one's clock counts."""
+    launch_two(WORKER, tmp_path / "two", tmp_path / "result", "0", "0.0", "0.02")
+    first, second = (json.loads((tmp_path / f"result.{rank}").read_text()) for rank in (0, 1))
+    assert first["processes"] == 2
+    assert len(first["rates"]) > 1
+    for shared in ("rates", "losses", "scores", "weights"):
+        assert first[shared] == second[shared], shared
+    assert first["scores"][-1][0] == len(first["rates"])  # the last weights were scored
+    assert 0.5 < first["seconds"] < 10  # asked for 1.2
 
 
 @pytest.mark.parametrize("where", ["evaluate", "loss", "optimizer"])
@@ -258,30 +265,57 @@ def test_it_stops_when_validation_no_longer_improves(tmp_path: Path) -> None:
     assert notes.lines[1] == "epoch 2: validation 0.7000 (best 0.7000)"
 
 
-def test_a_time_budget_ends_the_run_and_the_cosine(tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"epochs": 100_000, "minutes": 1.0 / 60})
-    model = tiny(0.0)
+class Clock:
+    """Stands in for `time` in the loop: it moves when told, and by `tick` when read."""
+
+    def __init__(self, tick: float = 0.0) -> None:
+        self.now, self.tick = 0.0, tick
+
+    def monotonic(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
+def test_a_time_budget_ends_the_run_and_the_cosine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes 1 s and an evaluation 3 s of a minute; an epoch is 8 steps."""
+    clock = Clock()
+    monkeypatch.setattr("pocketglm.train.loop.time", clock)
     rates: list[float] = []
     hook = register_optimizer_step_pre_hook(
         lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
     )
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        clock.now += 1
+        return cross_entropy(model, batch)  # type: ignore[no-any-return]
+
+    def evaluate(model: nn.Module) -> float:
+        clock.now += 3
+        return accuracy(model)
+
+    config = CONFIG.model_copy(update={"epochs": 100_000, "minutes": 1.0, "patience": 100_000})
     try:
-        result = train(
-            model,
-            problem()[0],
-            cross_entropy,
-            config,
-            tmp_path,
-            evaluate=accuracy,
-            checkpoint_seconds=0.2,
-        )
+        result = train(tiny(0.0), problem()[0], loss, config, tmp_path, evaluate=evaluate)
     finally:
         hook.remove()
-    assert 0.5 < result.seconds < 5
-    assert 10 < result.steps < 800_000
-    assert max(rates) == pytest.approx(0.01, rel=0.1)
-    assert rates[-1] < 0.3 * max(rates)
-    assert result.scores[-1][0] == result.steps or len(result.scores) > 9
+    assert result.seconds == 60
+    assert [step for step, _ in result.scores] == [8, 16, 24, 32, 40, 42]
+    # A tenth is kept free for the first evaluation, then what the last one took.
+    used = [(s + 1 + 3 * (s // 8)) / (54 if s < 8 else 57) for s in range(42)]
+    assert rates == pytest.approx([0.01 * rate(share, 0.1) for share in used])
+    assert rates[-1] == 0
+
+
+@pytest.mark.parametrize("tick", [0.7, 1.0, 1.1, 1.3, 1.7])
+def test_the_last_weights_are_scored_when_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tick: float
+) -> None:
+    monkeypatch.setattr("pocketglm.train.loop.time", Clock(tick))
+    config = CONFIG.model_copy(update={"epochs": 100_000, "minutes": 1.0, "patience": 100_000})
+    result = train(tiny(0.0), problem()[0], cross_entropy, config, tmp_path, evaluate=accuracy)
+    assert result.scores[-1][0] == result.steps
 
 
 def test_part_of_an_epoch(tmp_path: Path) -> None:

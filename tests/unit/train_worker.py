@@ -1,9 +1,10 @@
 """A tiny training problem, run by the tests in their own process or in others (see `main`).
 
-    train_worker.py WORK RESULT [KILL_AT]
+    train_worker.py WORK RESULT [KILL_AT [DROPOUT [MINUTES]]]
 
-trains in WORK and writes losses and a digest of the final weights to RESULT; KILL_AT: the process
-kills itself with SIGKILL while it computes that step.
+trains in WORK; each process writes losses, learning rates and a digest of the final weights to
+RESULT.RANK. KILL_AT: the process kills itself with SIGKILL while it computes that step. MINUTES: a
+time budget, which each process but the first believes to be larger.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pocketglm.train.loop import Batch, LoopConfig, LoopResult, Rows, train
 
@@ -77,7 +80,9 @@ def accuracy(model: nn.Module) -> float:
     return float((model(batch["ids"], batch["mask"]).argmax(1) == labels).float().mean())
 
 
-def run(work: Path, kill_at: int | None = None, dropout: float = 0.1) -> tuple[Tiny, LoopResult]:
+def run(
+    work: Path, kill_at: int | None = None, dropout: float = 0.1, config: LoopConfig = CONFIG
+) -> tuple[Tiny, LoopResult]:
     model, calls = Tiny(dropout), 0
 
     def loss(module: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +96,7 @@ def run(work: Path, kill_at: int | None = None, dropout: float = 0.1) -> tuple[T
         model,
         problem()[0],
         loss,
-        CONFIG,
+        config,
         work,
         evaluate=accuracy,
         is_head=lambda name: name.startswith("head."),
@@ -100,21 +105,50 @@ def run(work: Path, kill_at: int | None = None, dropout: float = 0.1) -> tuple[T
     return model, result
 
 
+def launch_two(*command: object) -> str:
+    """Run a script or `-m module` with its arguments in two processes; what they print."""
+    # With --cpu, accelerate launch starts one process only (more would need mpirun).
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launch += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", *map(str, command)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(launch, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            printed, _ = process.communicate(timeout=120)
+        except BaseException:
+            process.terminate()  # the launcher then ends its processes; kill would orphan them
+            raise
+    assert process.returncode == 0, printed
+    return printed
+
+
 def digest(model: nn.Module) -> str:
     """sha256 over the weights."""
     data = b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
     return hashlib.sha256(data).hexdigest()
 
 
-def main(work: str, result: str, kill_at: str = "0", dropout: str = "0.1") -> None:
-    model, answer = run(Path(work), int(kill_at) or None, float(dropout))
-    if os.environ.get("RANK", "0") == "0":
-        value = {
-            "losses": answer.losses,
-            "weights": digest(model),
-            "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        }
-        Path(result).write_text(json.dumps(value))
+def main(
+    work: str, result: str, kill_at: str = "0", dropout: str = "0.1", minutes: str = "0"
+) -> None:
+    rank, config = int(os.environ.get("RANK", "0")), CONFIG
+    if float(minutes):
+        endless = {"epochs": 100_000, "patience": 100_000}
+        config = config.model_copy(update={**endless, "minutes": float(minutes) * (1 + rank)})
+    rates: list[float] = []
+    register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    )
+    model, answer = run(Path(work), int(kill_at) or None, float(dropout), config)
+    value = {
+        "losses": answer.losses,
+        "scores": answer.scores,
+        "rates": rates,
+        "weights": digest(model),
+        "seconds": answer.seconds,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    Path(f"{result}.{rank}").write_text(json.dumps(value))
 
 
 if __name__ == "__main__":

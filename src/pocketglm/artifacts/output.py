@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,18 +35,29 @@ def request_of(folder: Path) -> str | None:
     return None
 
 
-def is_done(out: Path, request: str, force: bool) -> bool:
+def is_done(out: Path, request: str, force: bool, inputs: Sequence[Path] = ()) -> bool:
     """Whether `out` already holds the result of this request.
 
+    `inputs` are the files and folders that the work reads: `out` may not be or hold one of them.
+
     Raises:
-        OutputExistsError: it holds something else, and `force` is not set.
+        UsageError: `out` is, or holds, one of `inputs`.
+        OutputExistsError: it holds something else and `force` is not set; or it is a file, a link
+            or a folder that PocketGLM did not write, which `force` does not replace either.
     """
+    _keep_inputs(out, inputs)
     if not os.path.lexists(out):
         return False
     if out.is_dir() and request_of(out) == request and not force:
+        _free_name(out)
         return True
-    if out.is_dir() and not any(out.iterdir()):
+    if not out.is_symlink() and out.is_dir() and not any(out.iterdir()):
         return False
+    if not _is_ours(out):
+        raise OutputExistsError(
+            f"{out} exists and is not an output folder of PocketGLM",
+            "choose another --out (--force replaces outputs of PocketGLM only)",
+        )
     if not force:
         raise OutputExistsError(
             f"{out} exists and was not made by this command with these inputs",
@@ -54,29 +66,58 @@ def is_done(out: Path, request: str, force: bool) -> bool:
     return False
 
 
+def _keep_inputs(out: Path, inputs: Sequence[Path]) -> None:
+    """Refuse to write over an input, also at the names beside `out` that are used meanwhile."""
+    places = [out.with_name(out.name + end).resolve() for end in ("", ".partial", ".replaced")]
+    for path in inputs:
+        source = path.resolve()
+        if any(place in (source, *source.parents) for place in places):
+            raise UsageError(
+                f"--out {out} would overwrite {path}, which this command reads",
+                "choose another --out",
+            )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether PocketGLM wrote this folder: it has one of the manifests."""
+    return not folder.is_symlink() and any((folder / name).is_file() for name in _MANIFESTS)
+
+
 @contextmanager
-def output_folder(out: Path, request: str, force: bool = False) -> Iterator[Path]:
+def output_folder(
+    out: Path,
+    request: str,
+    force: bool = False,
+    inputs: Sequence[Path] = (),
+    *,
+    owned: bool = False,
+) -> Iterator[Path]:
     """Yields the partial folder of `out`; on success it becomes `out`, replacing what is there.
 
     The body writes its files there, finding what an interrupted run of the same request left.
     The body's manifest must record `request`. On an error the partial folder stays for a resume
     if the body left something besides the marker, else it is removed.
 
+    `inputs` as in `is_done`. `owned`: `out` lies in a folder of PocketGLM's own (the step cache),
+    where anything of this name may be replaced.
+
     Raises:
         LockedError: another process is writing the same output.
-        OutputExistsError: the work, or unfinished work, of another request is there, and `force`
-            is not set.
+        UsageError, OutputExistsError: as `is_done`; also if unfinished work of another request is
+            there and `force` is not set, or files that PocketGLM did not write.
         DiskFullError: no space left.
     """
     if out.name in ("", ".."):
         raise UsageError(f"'{out}' cannot be an output folder", "give --out a new folder's name")
+    _keep_inputs(out, inputs)
     partial = out.with_name(out.name + ".partial")
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         handle = _lock(partial)
         try:
-            is_done(out, request, force)  # another writer may have finished since
-            _claim(partial, request, force)
+            if not owned:
+                is_done(out, request, force, inputs)  # another writer may have finished since
+            _claim(partial, request, force or owned)
             yield partial
         except BaseException:
             _drop_if_empty(partial)
@@ -115,6 +156,11 @@ def _claim(partial: Path, request: str, force: bool) -> None:
     except FileNotFoundError:
         owner = None
     strange = owner != request and any(f.name != REQUEST for f in partial.iterdir())
+    if strange and owner is None:
+        raise OutputExistsError(
+            f"{partial} exists and is not unfinished work of PocketGLM",
+            "move that folder away, or choose another --out",
+        )
     if strange and not force:
         raise OutputExistsError(
             f"{partial} holds unfinished work of another command",
@@ -127,7 +173,8 @@ def _claim(partial: Path, request: str, force: bool) -> None:
 
 def _empty(folder: Path) -> None:
     for entry in folder.iterdir():
-        _remove(entry)
+        if entry.name != REQUEST:  # without its marker it would be a stranger's after a crash
+            _remove(entry)
 
 
 def _remove(path: Path) -> None:
@@ -143,22 +190,58 @@ def _drop_if_empty(partial: Path) -> None:
 
 
 def _commit(partial: Path, out: Path) -> None:
-    _sync(partial)
+    _sync_tree(partial)
     if os.path.lexists(out):
         # Nothing is lost on a crash here: the old folder is still there under another name.
-        old = out.with_name(out.name + ".replaced")
-        _remove(old)
+        old = _free_name(out)
         os.rename(out, old)
         os.rename(partial, out)
-        _remove(old)
+        _remove_replaced(old)
     else:
         os.rename(partial, out)
     (out / REQUEST).unlink()  # only now: a crash before the rename leaves work that can resume
     _sync(out.parent)
+    _free_name(out)  # an earlier run may have crashed between the renames
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _free_name(out: Path) -> Path:
+    """A name for what `out` replaces. Removes replaced outputs that a crash left behind.
+
+    A folder of such a name that PocketGLM did not write stays: the next name is taken.
+    """
+    for number in itertools.count(1):
+        old = out.with_name(f"{out.name}.replaced" + (f"-{number}" if number > 1 else ""))
+        if _is_ours(old):
+            _remove_replaced(old)
+        if not os.path.lexists(old):
+            return old
+    raise AssertionError("unreachable")
+
+
+def _remove_replaced(folder: Path) -> None:
+    """Remove a replaced output, its manifests last: after a crash it is still known as ours."""
+    if not folder.is_dir() or folder.is_symlink():
+        _remove(folder)
+        return
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name in _MANIFESTS):
+        with suppress(FileNotFoundError):  # another process may be removing it too
+            _remove(entry)
+    with suppress(FileNotFoundError):
+        folder.rmdir()
+
+
+def _sync_tree(folder: Path) -> None:
+    """Bring every file and folder to the disk: a rename alone may get there before them."""
+    for path, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            file = Path(path, name)
+            if file.is_file() and not file.is_symlink():
+                _sync(file)
+        _sync(Path(path))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

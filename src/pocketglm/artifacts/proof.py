@@ -18,9 +18,16 @@ Verdict = Literal["pass", "fail", "inconclusive", "stated"]
 class Claim(Config):
     """One measured value. A claim with a `limit` is a gate and gets a verdict.
 
-    value: the measured value in `unit`; low/high its 95 % interval; n rows or pairs behind it.
-    better: which direction is good. limit: the gate, None = the figure is only stated.
-    tolerance: what difference counts as noise for this metric, in `unit`.
+    value: the measured value in `unit`. better: which direction is good. limit: the gate, None =
+    the figure is only stated. tolerance: about what the metric varies by from run to run, in
+    `unit`, 0 = exact; for the reader, verdicts come from low and high alone.
+
+    low, high, n:
+    * drops, mean cosine: 95 % bootstrap interval over the n rows that count in both models; where
+      no row differs the rule of three, 3/n. Changed predictions: 95 % Wilson interval, n rows.
+    * speedup, latency: 95 % interval of the median over the n rounds; memory, load time: of the
+      median over n fresh processes.
+    * sizes, worst cosine: exact, low = high = value; n = 1, or the n texts.
     """
 
     metric: str

@@ -104,12 +104,15 @@ class TrainResult(Config):
 
 
 class EvalResult(Config):
+    """`truncated`: share of the texts that were cut to the length limit."""
+
     path: str
     task: str
     data: str
     split: str
     primary: str
     metrics: dict[str, MetricResult]
+    truncated: float = 0.0
 
 
 class PredictResult(Config):

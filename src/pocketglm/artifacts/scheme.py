@@ -34,7 +34,14 @@ class TensorScheme(Config):
         return 1 if self.group_size is None else columns // self.group_size
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """Bytes of the packed integers, bf16 scales and int8 zero points of one weight."""
-        integers = rows * columns * self.bits // 8
-        scales = rows * self.groups(columns)
-        return integers + 2 * scales + (0 if self.symmetric else scales)
+        """Bytes of the stored integers, scales and zero points of one weight.
+
+        The layout is that of `ops/stored.py`: asymmetric INT4 has float32 scales, else bf16.
+        """
+        groups = self.groups(columns)
+        if self.bits == 8:
+            return rows * columns + rows * groups * (2 if self.symmetric else 3)
+        integers = rows * -(-columns // 8) * 4
+        if self.symmetric:
+            return integers + 2 * rows * groups
+        return integers + 4 * rows * groups + 4 * -(-rows // 8) * groups

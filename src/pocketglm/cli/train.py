@@ -39,6 +39,10 @@ def main(
     text_column: TextColumnName = "text",
     label_column: LabelColumnName = "label",
     oos_label: OosLabel = "oos",
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train on at most this many rows (and validate on as many)."),
+    ] = None,
     epochs: Annotated[float, typer.Option(min=0, help="Passes over the data.")] = _DEFAULT.epochs,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Texts per step, over all processes.")
@@ -47,7 +51,7 @@ def main(
         float, typer.Option("--learning-rate", "--lr", min=0, help="Peak rate of the body.")
     ] = _DEFAULT.learning_rate,
     head_multiplier: Annotated[
-        float, typer.Option(min=0, help="The head learns this many times faster.")
+        float, typer.Option(min=0, help="New layers learn this many times faster.")
     ] = _DEFAULT.head_multiplier,
     warmup: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the steps that warm up.")

@@ -1,9 +1,9 @@
 """Reads labelled rows from JSONL (also .gz) and CSV; an error names the file and the line.
 
 A data folder holds `{train,validation,test}.jsonl[.gz]` or `.csv`. A single file serves for any
-split; for training it is divided by a hash of the text, nine parts train and one validation, so
-that equal texts stay on one side. Where no such path exists, the names `commands`, `commands-en`
-and `commands-zh` mean the embedded set.
+split; for training it is divided by a hash of the text, eight parts train, one validation and one
+test, so that equal texts stay together. Where no such path exists, the names `commands`,
+`commands-en` and `commands-zh` mean the embedded set.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import random
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,8 @@ Split = Literal["train", "validation", "test"]
 EMBEDDED = {"commands": "both", "commands-en": "en", "commands-zh": "zh"}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv")
 
-_VALIDATION_SHARE = 0.1
+# of a single file, by the last digit of the hash; else train
+_HELD_OUT: dict[int, Split] = {0: "validation", 1: "test"}
 _LIMIT_SEED = 0
 
 # line number from 1, row
@@ -46,15 +47,15 @@ class Example:
 def read_split(options: DataOptions, split: Split, *, training: bool = False) -> list[Example]:
     """The rows of one split.
 
-    Columns: where the text column is missing, a list column `tokens` is joined (with blanks, or
-    without where every token is a single Chinese character); where the label column is missing,
-    `intent` is the label. `limit` keeps the first rows after a shuffle with a fixed seed, so that
-    a file sorted by label still gives many labels.
+    Columns: a file without `text` may have a list column `tokens`, which is joined (with blanks,
+    or without where tokens are single Chinese characters); one without `label` may have `intent`.
+    A column of another name must be there. `limit` keeps the first rows after a shuffle with a
+    fixed seed, so that a file sorted by label still gives many labels.
 
     Args:
-        training: the rows are for training, which divides a single file 90/10 into train and
-            validation (which may be empty for a few rows); without it a single file is returned
-            whole, whatever the split.
+        training: the rows are for training, which divides a single file 80/10/10 into train,
+            validation and test (the latter may be empty for a few rows); without it, and without
+            `options.divided_by`, a single file is returned whole, whatever the split.
 
     Raises:
         DataError: nothing at the path, no such split in the folder, or rows that cannot be used.
@@ -66,13 +67,18 @@ def read_split(options: DataOptions, split: Split, *, training: bool = False) ->
     if path.is_dir():
         return _limited(_read_examples(_split_file(path, split), options), options.limit)
     examples = _read_examples(path, options)
-    if training:
-        train = [e for e in examples if not _is_held_out(e.text)]
-        known = {e.label for e in train}
-        held_out = [e for e in examples if _is_held_out(e.text)]
-        # A label that only held-out rows have would never be trained.
-        train += [e for e in held_out if e.label not in known]
-        examples = train if split == "train" else [e for e in held_out if e.label in known]
+    if training or options.divided_by:
+        keys = examples
+        if options.divided_by not in (None, (options.text_column, options.label_column)):
+            text, label = options.divided_by
+            keys = _read_examples(path, replace(options, text_column=text, label_column=label))
+        examples = [e for e, part in zip(examples, _parts(keys), strict=True) if part == split]
+        if not examples and not training:
+            raise DataError(
+                f"the model was trained on this file, and no row was held out for {split}",
+                "give rows that it was not trained on",
+                path=path,
+            )
     return _limited(examples, options.limit)
 
 
@@ -82,12 +88,17 @@ def read_texts(path: Path, text_column: str = "text") -> list[str]:
     Raises:
         DataError: the file is missing, empty or malformed, or has no such column.
     """
+    texts: list[str] = []
     if path.suffix == ".txt":
         texts = [line.strip() for _, line in _lines(path) if line.strip()]
         if not texts:
             raise _empty(path)
         return texts
-    return [_text(row, text_column, path, line) for line, row in _rows(path)]
+    for line, row in _rows(path):
+        if not texts:
+            text_column = _text_column(row, text_column)
+        texts.append(_text(row, text_column, path, line))
+    return texts
 
 
 # --- finding the file --------------------------------------------------------------------------
@@ -105,8 +116,14 @@ def _split_file(folder: Path, split: Split) -> Path:
     )
 
 
-def _is_held_out(text: str) -> bool:
-    return sha256(text.encode()).digest()[0] < 256 * _VALIDATION_SHARE
+def _parts(examples: list[Example]) -> list[Split]:
+    """The split of each row of a single file."""
+    hashes = (sha256(e.text.encode(errors="surrogatepass")).hexdigest() for e in examples)
+    parts: list[Split] = [_HELD_OUT.get(int(digits, 16) % 10, "train") for digits in hashes]
+    known = {e.label for e, part in zip(examples, parts, strict=True) if part == "train"}
+    # A label that only held-out rows have would never be trained.
+    given_back = {e.text for e in examples if e.label not in known}
+    return ["train" if e.text in given_back else p for e, p in zip(examples, parts, strict=True)]
 
 
 def _limited(examples: list[Example], limit: int | None) -> list[Example]:
@@ -119,13 +136,22 @@ def _limited(examples: list[Example], limit: int | None) -> list[Example]:
 
 
 def _read_examples(path: Path, options: DataOptions) -> list[Example]:
-    return [
-        Example(
-            _text(row, options.text_column, path, line),
-            _label(row, options.label_column, path, line),
-        )
-        for line, row in _rows(path)
-    ]
+    examples: list[Example] = []
+    text, label = options.text_column, options.label_column
+    for line, row in _rows(path):
+        if not examples:  # the first row decides for the file
+            text, label = _text_column(row, text), _label_column(row, label)
+        examples.append(Example(_text(row, text, path, line), _label(row, label, path, line)))
+    return examples
+
+
+def _text_column(row: dict[str, Any], asked: str) -> str:
+    is_tokens = isinstance(row.get("tokens"), list)
+    return "tokens" if asked == "text" and asked not in row and is_tokens else asked
+
+
+def _label_column(row: dict[str, Any], asked: str) -> str:
+    return "intent" if asked == "label" and asked not in row and "intent" in row else asked
 
 
 def _rows(path: Path) -> Iterator[Row]:
@@ -224,12 +250,11 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 
 def _text(row: dict[str, Any], column: str, path: Path, line: int) -> str:
-    value = row.get(column)
-    tokens = row.get("tokens")
-    if column not in row and isinstance(tokens, list) and all(isinstance(t, str) for t in tokens):
-        value = _join(tokens)
-    elif column not in row:
+    if column not in row:
         raise _missing("text", column, row, path, line)
+    value = row[column]
+    if column == "tokens" and isinstance(value, list) and all(isinstance(t, str) for t in value):
+        value = _join(value)
     if not isinstance(value, str):
         raise DataError(
             f"the text in column '{column}' is {json.dumps(value)[:60]}, not a string",
@@ -251,15 +276,14 @@ def _join(tokens: Iterable[str]) -> str:
 
 
 def _label(row: dict[str, Any], column: str, path: Path, line: int) -> str:
-    name = column if column in row else "intent"
-    if name not in row:
+    if column not in row:
         raise _missing("label", column, row, path, line)
-    value = row[name]
+    value = row[column]
     if isinstance(value, int) and not isinstance(value, bool):  # class ids are common
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise DataError(
-            f"the label in column '{name}' is {json.dumps(value)[:60]}",
+            f"the label in column '{column}' is {json.dumps(value)[:60]}",
             "a label is a non-empty string or an integer",
             path=path,
             line=line,

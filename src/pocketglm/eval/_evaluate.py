@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from pocketglm import registry
+from pocketglm.artifacts.checkpoint import model_folder
+from pocketglm.artifacts.export import is_export, read_export
+from pocketglm.artifacts.manifest import read_manifest
 from pocketglm.artifacts.schemas import EvalResult, MetricResult
 from pocketglm.contracts import DataOptions, Reporter, RunOptions, Scores, Silent, Task
+from pocketglm.eval._run import say_truncated
 from pocketglm.runtimes import open_session
 from pocketglm.text.tokenizer import Tokenizer
 
@@ -21,28 +26,59 @@ def evaluate(
 ) -> tuple[Scores, EvalResult]:
     """Score the model in folder `path` on the test rows of `data`.
 
+    Of a single file that the model was trained on, only the rows that training held out for test.
     max_length: tokens per text, None = the model's.
 
     Raises:
-        UsageError: unknown task, or a task that this kind of model cannot do.
+        UsageError: unknown task, a task that this kind of model cannot do, or a `max_length` that
+            is more than the model's.
         CheckpointError: the folder is no model.
         DataError: the data cannot be used, or has labels that the model does not know.
     """
+    reporter = reporter or Silent()
     spec: Task = registry.load("eval", task)
     session = open_session(path, options or RunOptions())
     try:
         tokenizer = Tokenizer.load(path)
-        scores = spec.score(session, tokenizer, data, max_length, reporter or Silent())
+        data = held_out(path, data, reporter)
+        scores = spec.score(session, tokenizer, data, max_length, reporter)
     finally:
         session.close()
+    say_truncated(scores.truncated, reporter)
     return scores, EvalResult(
         path=str(path),
         task=task,
         data=str(data.path),
-        split="test",
+        split=f"test (held out of {data.path.name})" if data.divided_by else "test",
         primary=scores.primary,
         metrics=metric_results(scores),
+        truncated=scores.truncated,
     )
+
+
+def held_out(path: Path, data: DataOptions, reporter: Reporter | None = None) -> DataOptions:
+    """Options that leave out the rows that the model in folder `path` was trained on.
+
+    They differ from `data` only if that is a single file which a fine-tuning step of the model's
+    history names; `read_split(..., "test")` then gives the tenth that the step held out for test.
+    For two models that are compared on the same rows, apply it with both.
+
+    Raises:
+        CheckpointError: the manifest cannot be read.
+    """
+    if data.divided_by or not data.path.is_file():
+        return data
+    folder = model_folder(path)
+    lineage = (read_export(folder) if is_export(folder) else read_manifest(folder)).lineage
+    for step in reversed(lineage):
+        trained = step.settings.get("data")
+        if step.method == "finetune" and trained and Path(trained).resolve() == data.path.resolve():
+            (reporter or Silent()).say(
+                f"{path} was trained on {data.path}: scoring only the rows held out for test"
+            )
+            text, label = (step.settings.get(f"{key}_column", key) for key in ("text", "label"))
+            return replace(data, divided_by=(text, label))
+    return data
 
 
 def metric_results(scores: Scores) -> dict[str, MetricResult]:

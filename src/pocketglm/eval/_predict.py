@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from pocketglm.artifacts.schemas import PredictResult
 from pocketglm.contracts import EncoderSession, Reporter, RunOptions, Silent
 from pocketglm.data.readers import read_texts
 from pocketglm.errors import OutputExistsError, UsageError
-from pocketglm.eval._run import logits_of, softmax
+from pocketglm.eval._run import outputs_of, say_truncated, softmax
 from pocketglm.runtimes import open_session
 from pocketglm.text.tokenizer import Tokenizer
 
@@ -91,14 +92,17 @@ def _labelled(
     max_length: int | None,
     reporter: Reporter,
 ) -> Iterator[Row]:
+    truncated = 0
     for start in range(0, len(texts), _WINDOW):
         window = texts[start : start + _WINDOW]
-        shares = softmax(logits_of(session, tokenizer, window, max_length))
-        for text, row in zip(window, shares, strict=True):
+        found = outputs_of(session, tokenizer, window, max_length)
+        truncated += found.truncated
+        for text, row in zip(window, softmax(found.values), strict=True):
             best = int(row.argmax())
             label, share = session.info.labels[best], round(float(row[best]), 6)
             yield dict(zip(_FIELDS, (text, label, share), strict=True))
         reporter.progress("predict", start + len(window), len(texts))
+    say_truncated(truncated / len(texts), reporter)
 
 
 def _writer(out: Path, stream: IO[str]) -> Callable[[Row], object]:
@@ -113,10 +117,13 @@ def _writer(out: Path, stream: IO[str]) -> Callable[[Row], object]:
 def _whole_file(out: Path) -> Iterator[IO[str]]:
     """A text file that appears under its name only when it is complete."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
+    # A name of its own, so that two writers do not meet; "x" (not tempfile) for the usual mode.
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(8)}.partial")
     try:
-        with partial.open("w", encoding="utf-8", newline="") as stream:
+        with partial.open("x", encoding="utf-8", newline="") as stream:
             yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)

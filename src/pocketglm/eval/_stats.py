@@ -59,9 +59,10 @@ def paired_bootstrap(
 
     baseline, candidate: per-row values [N] of the same rows; a row that is NaN in either is left
     out of both. drop is baseline minus candidate, so a better candidate has a negative drop;
-    low and high are the 2.5 % and 97.5 % points over 10,000 resamples of the rows. Where no row
-    differs, resampling knows nothing of the rows it has not seen; the interval is then the rule of
-    three, -3/n..3/n (Hanley and Lippman-Hand 1983), for rows between 0 and 1.
+    low and high are the 2.5 % and 97.5 % points over 10,000 resamples of the rows. Resampling
+    knows nothing of a kind of row that it has not seen, of which up to 3 in n may be there (rule
+    of three, Hanley and Lippman-Hand 1983, for rows between 0 and 1): where no row is worse, high
+    is 3/n higher, and where none is better, low is 3/n lower; without any difference -3/n..3/n.
 
     Raises:
         ValueError: the lengths differ, or no row counts in both.
@@ -72,10 +73,12 @@ def paired_bootstrap(
     difference = difference[~np.isnan(difference)]
     if not len(difference):
         raise ValueError("no row counts in both models")
-    if not difference.any():
-        bound = min(1.0, 3 / len(difference))
-        return 0.0, -bound, bound
-    low, high = _bootstrap_mean(difference, seed)
+    low, high = _bootstrap_mean(difference, seed) if difference.any() else (0.0, 0.0)
+    unseen = min(1.0, 3 / len(difference))
+    if not (difference > 0).any():
+        high = min(1.0, high + unseen)
+    if not (difference < 0).any():
+        low = max(-1.0, low - unseen)
     return float(difference.mean()), low, high
 
 

@@ -2,8 +2,8 @@
 
 `nn_accuracy`: each test text takes the label of the training text whose embedding is nearest
 (cosine); the share that is right. Rows with the out-of-scope label are left out on both sides,
-since such texts have nothing in common. Of a single file every row is asked for among the others
-(leave one out). A limit on the rows applies to the queries, not to the index.
+since such texts have nothing in common. A limit on the rows applies to the queries, not to the
+index.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pocketglm.contracts import (
     DataOptions,
     EncoderSession,
     Floats,
-    Metric,
     Reporter,
     Scores,
     Silent,
@@ -26,7 +25,7 @@ from pocketglm.contracts import (
 )
 from pocketglm.data.readers import Example, Split, read_split
 from pocketglm.errors import DataError, UsageError
-from pocketglm.eval._run import logits_of
+from pocketglm.eval._run import Outputs, logits_of, outputs_of
 from pocketglm.eval._stats import mean_metric
 from pocketglm.text.tokenizer import Tokenizer
 
@@ -43,7 +42,7 @@ def score(
     """Nearest-neighbour accuracy of the test rows, with the training rows as the index.
 
     Raises:
-        UsageError: the model is a classifier.
+        UsageError: the model is a classifier, or the data is a single file.
         DataError: a split has no rows that are in scope.
     """
     if session.info.output != "sentence_embedding":
@@ -51,15 +50,16 @@ def score(
             "this model is a classifier, it gives no sentence embeddings",
             "score it with --task intent, or take an embedding model",
         )
+    if options.path.is_file():  # each text would be its own neighbour
+        raise UsageError(
+            f"the task embed looks for test rows among training rows; {options.path} is one file",
+            "give --data a folder that holds train.jsonl (the index) and test.jsonl (the queries)",
+        )
     queries = _in_scope(options, "test")
+    index = _in_scope(replace(options, limit=None), "train")
     asked = _vectors(session, tokenizer, queries, max_length, reporter, "embed test")
-    if options.path.is_file():
-        index, found = queries, nearest_rows(asked, asked, leave_one_out=True)
-    else:
-        index = _in_scope(replace(options, limit=None), "train")
-        known = _vectors(session, tokenizer, index, max_length, reporter, "embed train")
-        found = nearest_rows(asked, known)
-    predictions = [index[row].label for row in found]
+    known = _vectors(session, tokenizer, index, max_length, reporter, "embed train")
+    predictions = [index[row].label for row in nearest_rows(asked.values, known.values)]
     gold = [row.label for row in queries]
     right = np.array([g == p for g, p in zip(gold, predictions, strict=True)], np.float64)
     return Scores(
@@ -69,6 +69,7 @@ def score(
         predictions=predictions,
         gold=gold,
         texts=[row.text for row in queries],
+        truncated=(asked.truncated + known.truncated) / (len(queries) + len(index)),
     )
 
 
@@ -86,24 +87,16 @@ def _vectors(
     max_length: int | None,
     reporter: Reporter,
     label: str,
-) -> Floats:
+) -> Outputs:
     texts = [row.text for row in rows]
-    return logits_of(session, tokenizer, texts, max_length, reporter=reporter, label=label)
+    return outputs_of(session, tokenizer, texts, max_length, reporter=reporter, label=label)
 
 
-def nearest_rows(
-    queries: Floats, index: Floats, *, leave_one_out: bool = False
-) -> npt.NDArray[np.int64]:
-    """For each unit-length query [Q, C] the row of the nearest unit-length vector of [N, C].
-
-    leave_one_out: queries and index are the same rows, and a row is not its own neighbour.
-    """
+def nearest_rows(queries: Floats, index: Floats) -> npt.NDArray[np.int64]:
+    """For each unit-length query [Q, C] the row of the nearest unit-length vector of [N, C]."""
     found = np.empty(len(queries), np.int64)
     for start in range(0, len(queries), _QUERIES):
         likeness = queries[start : start + _QUERIES] @ index.T
-        if leave_one_out:
-            own = np.arange(len(likeness))
-            likeness[own, start + own] = -np.inf
         found[start : start + len(likeness)] = likeness.argmax(axis=1)
     return found
 
@@ -127,15 +120,6 @@ def cosine_parity(
     lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     result: npt.NDArray[np.float64] = (x * y).sum(axis=1) / np.maximum(lengths, 1e-12)
     return result
-
-
-def cosine_metrics(cosines: npt.NDArray[np.float64]) -> dict[str, Metric]:
-    """`cosine`: the mean with its interval. `cosine_min`: the worst row, which has none."""
-    worst = float(cosines.min())
-    return {
-        "cosine": mean_metric(cosines),
-        "cosine_min": Metric(worst, len(cosines), worst, worst),
-    }
 
 
 SPEC = Task(

@@ -11,6 +11,7 @@ Besides: `accuracy_all` over all rows, `macro_f1` over all labels, `oos_precisio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from pocketglm.contracts import DataOptions, EncoderSession, Metric, Reporter, Scores, Task
 from pocketglm.data.readers import read_split
 from pocketglm.errors import DataError, UsageError
-from pocketglm.eval._run import logits_of
+from pocketglm.eval._run import outputs_of
 from pocketglm.eval._stats import macro_f1_metric, mean_metric
 from pocketglm.text.tokenizer import Tokenizer
 
@@ -45,9 +46,11 @@ def score(
     rows = read_split(options, "test")
     check_labels([row.label for row in rows], labels, options)
     texts = [row.text for row in rows]
-    logits = logits_of(session, tokenizer, texts, max_length, reporter=reporter)
-    predicted = logits.argmax(axis=1).astype(np.int64)
-    return intent_scores([row.label for row in rows], predicted, labels, options.oos_label, texts)
+    found = outputs_of(session, tokenizer, texts, max_length, reporter=reporter)
+    predicted = found.values.argmax(axis=1).astype(np.int64)
+    gold = [row.label for row in rows]
+    scores = intent_scores(gold, predicted, labels, options.oos_label, texts)
+    return replace(scores, truncated=found.truncated / len(rows))
 
 
 def check_labels(gold: Sequence[str], labels: Sequence[str], options: DataOptions) -> None:

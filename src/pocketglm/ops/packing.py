@@ -1,8 +1,9 @@
 """Byte layouts of quantized integers.
 
 compressed-tensors `pack-quantized`: q + 8, eight values in an int32, the first in the lowest bits.
-ONNX Runtime MatMulNBits (com.microsoft operator documentation): unsigned values per block along K,
-the first of two in the low nibble; zero points likewise along the blocks of a row.
+ONNX Runtime MatMulNBits and GatherBlockQuantized (com.microsoft operator documentation): values
+moved to start from 0, the first of two INT4 values in the low nibble; zero points likewise along
+the blocks of a row.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-
-from pocketglm.artifacts.scheme import TensorScheme
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -31,29 +30,20 @@ def unpack_int32(packed: npt.NDArray[Any], columns: int) -> torch.Tensor:
     return torch.from_numpy(values[:, :columns].astype(np.int8) - np.int8(8))
 
 
-def pack_nibbles(q: torch.Tensor, scheme: TensorScheme, block: int | None = None) -> UInt8:
+def pack_rows(values: torch.Tensor, bits: int) -> UInt8:
+    """A table's rows, or zero points: int8 [N, K] -> uint8 [N, K]; 4 bits: [N, ceil(K / 2)]."""
+    moved = _unsigned(values, bits)
+    return _nibbles(_pad(moved, 2, 0)) if bits == 4 else moved
+
+
+def pack_blocks(q: torch.Tensor, bits: int, block: int) -> UInt8:
     """MatMulNBits' B for q int8 [N, K]: uint8 [N, blocks, block * bits / 8].
 
-    `block` is the scheme's group size unless given (a per-channel weight has none: then its scale
-    is repeated per block). Values are q + 8 or q + 128, the operator's default zero point, with
-    which a last, incomplete block is filled up.
-
-    Raises:
-        ValueError: there is neither a group size nor a block.
+    A last, incomplete block is filled up with the integer 0.
     """
-    size = block or scheme.group_size
-    if not size:
-        raise ValueError("a per-channel weight needs a block size for MatMulNBits")
-    values = _pad(_unsigned(q, scheme.bits), size, 2 ** (scheme.bits - 1))
-    if scheme.bits == 4:
-        values, size = _nibbles(values), size // 2
-    return values.reshape(len(values), -1, size)
-
-
-def pack_zero_points(zero_points: torch.Tensor, scheme: TensorScheme) -> UInt8:
-    """MatMulNBits' zero_points for int8 [N, G]; 4 bits: uint8 [N, ceil(G / 2)], 8: [N, G]."""
-    values = _unsigned(zero_points, scheme.bits)
-    return _nibbles(_pad(values, 2, 0)) if scheme.bits == 4 else values
+    rows = len(q)
+    padded = torch.nn.functional.pad(q, (0, -q.shape[1] % block))
+    return pack_rows(padded, bits).reshape(rows, -1, block * bits // 8)
 
 
 def _unsigned(q: torch.Tensor, bits: int) -> UInt8:

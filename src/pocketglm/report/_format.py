@@ -52,12 +52,12 @@ def quantity(value: float, unit: str) -> str:
 
 
 def exact(claim: Claim) -> bool:
-    """Whether the value is counted, such as a size, and not estimated from a sample."""
+    """Whether the value is counted or an extreme, such as a size or the worst row: no estimate."""
     return claim.low == claim.high and claim.tolerance == 0
 
 
 def interval(claim: Claim) -> str:
-    """'−0.07 to 0.33', or 'exact' where the value is counted and not estimated."""
+    """'−0.07 to 0.33', or 'exact' (see `exact`)."""
     if exact(claim):
         return "exact"
     return f"{number(claim.low, claim.unit)} to {number(claim.high, claim.unit)}"

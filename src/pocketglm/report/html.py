@@ -18,6 +18,7 @@ from pocketglm.report import _format, svg
 _STYLE = Path(__file__).with_name("style.css")
 _ICONS = {"pass": "\u2713", "fail": "\u2715", "inconclusive": "~", "stated": "i"}
 _DROPS = ("accuracy_drop", "nn_accuracy_drop")
+_PAIRED = {"p50_ms": "speedup", "peak_rss_bytes": "memory_ratio"}
 _PART_NAMES = {
     "embedding": "Embedding",
     "attention": "Attention",
@@ -158,8 +159,8 @@ def _gates(proof: Proof) -> str:
     )
     return _section(
         "Limits",
-        "The dot is the measured value, the bar its 95 % interval. A limit is kept when the whole "
-        "interval lies in the shaded range.",
+        "The dot is the measured value, the bar its 95 % interval; an exact value has none. A "
+        "limit is kept when the whole interval lies in the shaded range.",
         f'<ul class="gates">{items}</ul>',
     )
 
@@ -178,8 +179,8 @@ def _compare(proof: Proof) -> str:
         if a.get(key) and b.get(key):
             before, after = float(a[key]) * scale, float(b[key]) * scale
             plot = svg.bars(f"c-{key}", title, unit, before, after)
-            # The speedup is the median over pairs, which differs a little from the p50s' ratio.
-            paired = _find(proof, "speedup") if key == "p50_ms" else None
+            # These are medians over pairs, which differ a little from the ratio of the medians.
+            paired = _find(proof, _PAIRED[key]) if key in _PAIRED else None
             ratio = paired.value if paired else before / after
             figures.append(_figure(title, _change(ratio, good), plot))
     drop = _find(proof, *_DROPS)
@@ -311,7 +312,8 @@ def _claims(proof: Proof) -> str:
     return _section(
         "Every claim",
         "Accuracy is paired: both models see the same rows, and the interval is a bootstrap over "
-        f"rows. A difference within the noise column counts as none.{where}",
+        "rows; counted values are exact. Noise is about what a metric varies by from run to run; "
+        f"verdicts come from the interval alone.{where}",
         f'<table class="claims"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>',
     )
 

@@ -111,8 +111,9 @@ def gate(key: str, claim: Claim) -> str:
         _tag("circle", cx=_pct(middle), cy=34, r=6, class_=f"dot {claim.verdict}"),
         *_ends(claim, low, high),
     ]  # fmt: skip
+    interval = "exact" if _format.exact(claim) else f"95 % interval {_format.interval(claim)}"
     said = (
-        f"{_format.quantity(claim.value, claim.unit)}, 95 % interval {_format.interval(claim)}, "
+        f"{_format.quantity(claim.value, claim.unit)}, {interval}, "
         f"limit {_format.limit(claim)}: {claim.verdict}"
     )
     return _chart(key, 64, claim.title, said, *body)

@@ -31,6 +31,7 @@ class OnnxSession:
             max_length=manifest.max_length,
             pooling=manifest.pooling,
             activation=manifest.activation,
+            threads=self._session.get_session_options().intra_op_num_threads,
         )
 
     def logits(self, ids: Ids, mask: Ids) -> Floats:
@@ -101,4 +102,4 @@ def open_export(path: Path, options: RunOptions) -> OnnxSession:
     return OnnxSession(path, options)
 
 
-SPEC = Runtime(summary="ONNX Runtime on the CPU", extra="", open=open_export)
+SPEC = Runtime(summary="ONNX Runtime on the CPU", open=open_export)

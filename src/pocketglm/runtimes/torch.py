@@ -31,6 +31,7 @@ class TorchSession:
             labels=tuple(labels_of(ckpt)),
             max_length=max_length_of(ckpt),
             pooling=spec.pooling,
+            threads=self._threads,
         )
 
     def logits(self, ids: Ids, mask: Ids) -> Floats:
@@ -82,6 +83,5 @@ def open_checkpoint(path: Path, options: RunOptions) -> TorchSession:
 
 SPEC = Runtime(
     summary="PyTorch on the CPU, for checkpoints",
-    extra="",
     open=open_checkpoint,
 )

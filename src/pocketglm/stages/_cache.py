@@ -39,12 +39,23 @@ def cache_root() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "pocketglm" / "steps"
 
 
+def sealed_digest(root: Path, key: str) -> str | None:
+    """The digest that an entry was sealed with, None if there is no entry. Its files are not read:
+    `find` is what tells whether they are whole.
+    """
+    try:
+        return (root / key / SEAL).read_text()
+    except (OSError, ValueError):
+        return None
+
+
 def find(root: Path, key: str) -> Entry | None:
     """The entry, if it is there and its files are as they were written."""
-    folder = root / key
+    sealed = sealed_digest(root, key)
+    if sealed is None:
+        return None
     try:
-        sealed = (folder / SEAL).read_text()
-        ckpt = Checkpoint.open(folder)
+        ckpt = Checkpoint.open(root / key)
         return Entry(ckpt, sealed, reused=True) if ckpt.digest() == sealed else None
     except (OSError, ValueError, InputError):
         return None
@@ -60,8 +71,8 @@ def obtain(root: Path, key: str, build: Callable[[Path], None]) -> Entry:
     """
     while (entry := find(root, key)) is None:
         try:
-            # force: what is there is no valid entry, see find().
-            with output_folder(root / key, key, force=True) as folder:
+            # owned: what is there is no valid entry, see find(), and may be replaced.
+            with output_folder(root / key, key, owned=True) as folder:
                 if find(root, key):
                     raise _FinishedElsewhereError
                 digest = _fill(folder, build)

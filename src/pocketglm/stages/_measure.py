@@ -70,7 +70,6 @@ def serve(path: Path, batch: int, tokens: int, threads: int | None, answers: IO[
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
-    before = peak_rss()
     start = time.perf_counter()
     session = open_session(path, RunOptions(threads=threads))
     load = (time.perf_counter() - start) * 1e3
@@ -80,8 +79,7 @@ def serve(path: Path, batch: int, tokens: int, threads: int | None, answers: IO[
             f"use --tokens {session.info.max_length} or fewer",
         )
     ids, mask = sample(path, batch, tokens)
-    first = timed(session, ids, mask, 1, 0.0)[0]
-    answer(runtime=session.info.runtime, load_ms=load, first_ms=first, base_rss=before)
+    answer(runtime=session.info.runtime, threads=session.info.threads, load_ms=load)
     for line in sys.stdin:
         asked = json.loads(line)
         runs, seconds = int(asked.get("runs", 1)), float(asked.get("seconds", 0.0))
@@ -115,6 +113,7 @@ class Worker:
     """A model held open in a fresh process. `close` returns the process's peak memory.
 
     path: an export or checkpoint folder. Latencies in milliseconds, memory in bytes.
+    threads: what to ask for, None = the model's default; used_threads: what the session has.
     """
 
     path: Path
@@ -122,9 +121,8 @@ class Worker:
     tokens: int = 32
     threads: int | None = None
     runtime: str = ""
+    used_threads: int = 0
     load_ms: float = 0.0
-    first_ms: float = 0.0
-    base_rss: int = 0
     _process: subprocess.Popen[str] = field(init=False, repr=False)
     _asks: IO[str] = field(init=False, repr=False)
     _answers: IO[str] = field(init=False, repr=False)
@@ -151,8 +149,8 @@ class Worker:
             self._kill()
             raise
         self.runtime = str(ready["runtime"])
-        self.load_ms, self.first_ms = float(ready["load_ms"]), float(ready["first_ms"])
-        self.base_rss = int(ready["base_rss"])
+        self.used_threads = int(ready["threads"])
+        self.load_ms = float(ready["load_ms"])
         return self
 
     @property

@@ -55,6 +55,12 @@ LIMITS = {
     "dynamic_tensor": (1.5, 0.8),
     "mixed": (1.5, 0.8),
 }
+# Share by which the graph optimizer on and off may differ. On x86 they gave the same bits in every
+# quantized form tried (tests' small models, a 6-layer classifier in INT8) and 2e-6 in float32. But
+# a fusion may move a float by one rounding, and some integers with it: norm weights changed by one
+# rounding (2e-7) moved outputs by 0.16 at dynamic_tensor and 0.015 at dynamic_block. Twice that, or
+# more, is no rounding.
+OPTIMIZER_LIMITS = {"none": 0.0, "dynamic_block": 0.1, "dynamic_tensor": 0.3, "mixed": 0.3}
 _NEAR_TIE = 0.25  # of the output's standard deviation
 
 
@@ -160,32 +166,45 @@ def _judge(
 ) -> Parity:
     share, needed = LIMITS[manifest.activation]
     std = float(wanted.std())
+    exact = FLOAT_TOLERANCE * max(1.0, std)
+    optimizer_limit = OPTIMIZER_LIMITS[manifest.activation] * std or exact
     parity = Parity(
         scope="whole",
         n=len(wanted),
         output_max_abs=_worst(wanted, shipped),
         output_std=std,
-        tolerance=share * std if share else FLOAT_TOLERANCE * max(1.0, std),
+        tolerance=share * std or exact,
         agreement=_agreement(wanted, shipped, std, labels=bool(manifest.labels)),
         optimizer_max_abs=_worst(shipped, plain),
         blocks=blocks,
     )
     form = f"{manifest.precision}, activations {manifest.activation}"
-    for what, difference in (
-        ("the written file differs from the checkpoint", parity.output_max_abs),
-        ("the file with its runtime's optimizer on differs from off", parity.optimizer_max_abs),
+    accurate = "choose a more accurate form: compress with --set activation=dynamic_block or none"
+    for what, difference, limit, hint in (
+        (
+            "the written file differs from the checkpoint",
+            parity.output_max_abs,
+            parity.tolerance,
+            accurate,
+        ),
+        (
+            "the file with its runtime's optimizer on differs from off",
+            parity.optimizer_max_abs,
+            optimizer_limit,
+            "a graph optimization of this runtime version is wrong here: try another version",
+        ),
     ):
-        if not difference <= parity.tolerance:
+        if not difference <= limit:
             raise ParityError(
-                f"{what} by {difference:.3g}; the limit for {form} is {parity.tolerance:.3g} "
+                f"{what} by {difference:.3g}; the limit for {form} is {limit:.3g} "
                 f"(the output's standard deviation is {std:.3g})",
-                "choose a more accurate form: compress with --set activation=dynamic_block or none",
+                hint,
             )
     if parity.agreement < needed:
         raise ParityError(
             f"the written file agrees with the checkpoint to {parity.agreement:.3f} only; {form} "
             f"should reach {needed}",
-            "choose a more accurate form: compress with --set activation=dynamic_block or none",
+            accurate,
         )
     return parity
 

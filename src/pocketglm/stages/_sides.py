@@ -29,6 +29,12 @@ class Side:
         return digest_value(files)
 
     @property
+    def identity(self) -> list[Any]:
+        """What a proof depends on: the files, and the settings that they do not hold."""
+        m = self.manifest
+        return [self.digest, m.threads, m.activation, m.labels, m.max_length]
+
+    @property
     def folder_bytes(self) -> int:
         return sum(entry.bytes for entry in self.manifest.files.values())
 

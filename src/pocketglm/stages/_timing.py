@@ -13,14 +13,15 @@ from pocketglm.contracts import Reporter
 from pocketglm.stages._measure import Worker
 
 Values = npt.NDArray[np.float64]
-PROCESSES = 3  # fresh processes per model for memory and load time
+PROCESSES = 6  # fresh processes per model for memory and load time; the fewest for an interval
+_CALLS = 5  # in each of them; the first already allocates what all need
 _ROUND_MS = 250.0
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
     """One model's measurements: `rounds` are lists of latencies in ms, one per pair; memory in
-    bytes and load times in ms, one per process."""
+    bytes and load times in ms, one per fresh process."""
 
     rounds: Sequence[Sequence[float]]
     peaks: Sequence[int]
@@ -41,12 +42,12 @@ def interleave(
     baseline: Path,
     candidate: Path,
     tokens: int,
-    threads: int | None,
+    threads: int,
     pairs: int,
     reporter: Reporter,
 ) -> tuple[Timings, Timings]:
     """Time both models, batch 1, in alternating rounds (A B, B A, A B, ...), so that a drift of
-    the machine meets both alike; then load each in further fresh processes for memory."""
+    the machine meets both alike; then load each in turn in fresh processes for memory."""
     paths = (baseline, candidate)
     rounds: tuple[list[list[float]], list[list[float]]] = ([], [])
     peaks: tuple[list[int], list[int]] = ([], [])
@@ -62,15 +63,12 @@ def interleave(
                 rounds[which].append(workers[which].run(calls[which]))
             a_ms, b_ms = (float(np.median(r[-1])) for r in rounds)
             reporter.progress("speed", pair + 1, pairs, f"{a_ms:.2f} / {b_ms:.2f} ms")
-        for which, worker in enumerate(workers):
-            loads[which].append(worker.load_ms)
-            peaks[which].append(worker.close())
-    for extra in range(1, PROCESSES):
-        for which, path in enumerate(paths):
-            with Worker(path, 1, tokens, threads) as worker:
-                worker.run(10)
+    for done in range(PROCESSES):
+        for which in (0, 1) if done % 2 == 0 else (1, 0):
+            with Worker(paths[which], 1, tokens, threads) as worker:
+                worker.run(_CALLS)
                 loads[which].append(worker.load_ms)
                 peaks[which].append(worker.close())
-        reporter.progress("memory", extra + 1, PROCESSES)
+        reporter.progress("memory", done + 1, PROCESSES)
     first, second = (Timings(rounds[i], peaks[i], loads[i]) for i in (0, 1))
     return first, second

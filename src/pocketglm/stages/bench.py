@@ -11,7 +11,6 @@ from pocketglm.artifacts.export import is_export, read_export
 from pocketglm.artifacts.schemas import BenchResult
 from pocketglm.contracts import Reporter, Silent
 from pocketglm.errors import UsageError
-from pocketglm.runtimes._cores import usable_cores
 from pocketglm.stages import _device
 from pocketglm.stages._measure import Worker
 
@@ -58,7 +57,7 @@ def bench(
     return BenchResult(
         path=str(path),
         runtime=worker.runtime,
-        threads=threads or usable_cores(),
+        threads=worker.used_threads,
         batch=batch,
         tokens=tokens,
         runs=len(times),

@@ -7,8 +7,8 @@ kill the same command ends with the same bytes.
 
 from __future__ import annotations
 
+import functools
 import math
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -24,6 +24,7 @@ from pocketglm.artifacts.manifest import (
     MANIFEST,
     Manifest,
     Step,
+    digest_files,
     digest_value,
     tool_versions,
     write_json,
@@ -42,6 +43,7 @@ from pocketglm.stages.plan import Plan, PlanStep
 
 CHUNK = 1 << 22  # elements of a tensor that are in memory as float32 at a time
 WEIGHTS = "model.safetensors"
+_PACKAGE = Path(__file__).parents[1]
 
 
 def compress(
@@ -63,6 +65,7 @@ def compress(
         UnsupportedError: a method refuses the checkpoint; every reason is listed.
         CheckpointError: a weight holds NaN, or the checkpoint is damaged.
         DiskFullError: checked before the work begins.
+        UsageError: `out` is, or holds, the checkpoint.
         OutputExistsError, LockedError: as `artifacts.output.output_folder`.
     """
     reporter, root = reporter or Silent(), cache or _cache.cache_root()
@@ -84,10 +87,11 @@ def compress(
             "version": tool_versions()["pocketglm"],
         }
     )
-    if is_done(out, request, force):
+    if is_done(out, request, force, [path]):
         return _summary(out, _past(plan, stages, out), ckpt, already_done=True)
-    _require_space({root: sum(map(_bytes, stages[1:])), out: _bytes(stages[-1])})
-    with output_folder(out, request, force) as folder:
+    missing = stages[1 + _finished(plan, root, source) :]
+    _require_space({root: sum(map(_bytes, missing)), out: _bytes(stages[-1])})
+    with output_folder(out, request, force, [path]) as folder:
         steps = []
         current, digest = ckpt, source
         for step in plan.steps:
@@ -141,6 +145,16 @@ def _layout(step: PlanStep, ckpt: Checkpoint) -> tuple[Layout, dict[str, TensorS
     return layout, schemes
 
 
+def _finished(plan: Plan, root: Path, digest: str) -> int:
+    """How many of the plan's first steps are in the cache."""
+    for number, step in enumerate(plan.steps):
+        found = _cache.sealed_digest(root, _key(step, plan.seed, digest))
+        if found is None:
+            return number
+        digest = found
+    return len(plan.steps)
+
+
 def _require_space(needs: Mapping[Path, int]) -> None:
     """Raise before the work if a disk has less free space than it will need."""
     disks: dict[int, list[Path]] = {}
@@ -161,6 +175,13 @@ def _require_space(needs: Mapping[Path, int]) -> None:
 # --- one step ------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _code(method: str) -> str:
+    """Digest of the source that a step's numbers come from: an edit makes old entries invalid."""
+    files = [path for folder in ("ops/*.py", "methods/_*.py") for path in _PACKAGE.glob(folder)]
+    return digest_files(_PACKAGE, [*files, _PACKAGE / "methods" / f"{method}.py"])
+
+
 def _key(step: PlanStep, seed: int | None, parent: str) -> str:
     return digest_value(
         {
@@ -169,6 +190,7 @@ def _key(step: PlanStep, seed: int | None, parent: str) -> str:
             "settings": step.settings,
             "seed": seed,
             "version": tool_versions()["pocketglm"],
+            "code": _code(step.method),
         }
     )
 
@@ -296,8 +318,6 @@ def _copy(ckpt: Checkpoint, folder: Path) -> None:
 def _copy_file(file: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, target)
-    with target.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 # --- the result ----------------------------------------------------------------------------------

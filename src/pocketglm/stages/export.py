@@ -93,11 +93,11 @@ def _export(
             "pocketglm": tool_versions()["pocketglm"],
         }
     )
-    done = is_done(out, request, force)
+    done = is_done(out, request, force, [ckpt.path])
     if not done:
         if reasons := target.supports(ckpt, options):
             raise UnsupportedError(f"{name} cannot carry {ckpt.path}", reasons)
-        with output_folder(out, request, force) as partial:
+        with output_folder(out, request, force, [ckpt.path]) as partial:
             try:
                 _write(ckpt, digest, request, name, target, partial, options, reporter)
             except BaseException:

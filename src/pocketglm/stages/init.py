@@ -87,10 +87,11 @@ def init(
         }
     )
     origin = str(tokenizer) if tokenizer else "trained" if tokenizer_data else "bytes"
-    already = is_done(out, request, force)
+    inputs = [source for source in (tokenizer, tokenizer_data) if source]
+    already = is_done(out, request, force, inputs)
     if not already:
         _require_space(out, spec, dtype)
-        with output_folder(out, request, force) as folder:
+        with output_folder(out, request, force, inputs) as folder:
             _write_tokenizer(folder, spec, tokenizer, tokenizer_data, text_column)
             spec = _with_ids(spec, folder)
             kind = "copied" if tokenizer else origin  # not where it lay: same files, same bytes

@@ -17,8 +17,8 @@ from typing import Any
 from pocketglm import registry
 from pocketglm.artifacts.checkpoint import Checkpoint, model_folder
 from pocketglm.artifacts.export import is_export, read_export
-from pocketglm.artifacts.manifest import digest_value, write_json
-from pocketglm.artifacts.output import is_done, output_folder
+from pocketglm.artifacts.manifest import digest_value, tool_versions, write_json
+from pocketglm.artifacts.output import REQUEST, is_done, output_folder
 from pocketglm.artifacts.proof import PROOF, Claim, Proof, overall, read_proof
 from pocketglm.artifacts.schemas import ProveResult
 from pocketglm.contracts import (
@@ -31,7 +31,7 @@ from pocketglm.contracts import (
 )
 from pocketglm.data.readers import read_split
 from pocketglm.errors import InputError, UsageError, WorkError
-from pocketglm.eval._evaluate import evaluate
+from pocketglm.eval._evaluate import evaluate, held_out
 from pocketglm.eval.embed import cosine_parity
 from pocketglm.model.hf import labels_of
 from pocketglm.report import card, html, markdown
@@ -55,12 +55,13 @@ _PACKAGES = {"onnx": ("onnxruntime", "numpy")}
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What `prove` was asked to measure; `rows` is the digest of the rows that are scored."""
+    """What `prove` measures; `rows` is the digest of the rows that are scored, `threads` what both
+    models run with."""
 
     task: str
     data: DataOptions
     gates: Gates
-    threads: int | None
+    threads: int
     pairs: int
     max_length: int | None
     rows: str
@@ -98,11 +99,13 @@ def prove(
 ) -> ProveResult:
     """Compare the export folder `export` with `baseline`, an export or a checkpoint.
 
-    A checkpoint is first exported, in fp32, to the candidate's target. The result's verdict is the
-    worst of the gates'; `exit_code` turns it into the process's.
+    A checkpoint is first exported, in fp32, to the candidate's target. Both run with `threads`, by
+    default the candidate's own, else all usable cores. The result's verdict is the worst of the
+    gates'; `exit_code` turns it into the process's.
 
     Raises:
-        UsageError: unknown task, no such folder, too few pairs, or models that cannot be compared.
+        UsageError: unknown task, no such folder, too few pairs, models that cannot be compared, a
+            gate for what the data does not let measure, or `out` holds an input.
         CheckpointError: a folder is not what it should be, or was changed since.
         DataError: the data cannot be used.
         OutputExistsError: `out` holds something else.
@@ -118,23 +121,42 @@ def prove(
     candidate = open_side(export)
     other = _baseline(baseline)
     _check_pair(other, candidate)
+    data = held_out(other.path, held_out(candidate.path, data, reporter), reporter)
     rows = _read_rows(data, task, gates)
+    threads = threads or candidate.manifest.threads or usable_cores()
     job = _Job(task, data, gates, threads, pairs, max_length, rows)
-    base_digest = other.digest if isinstance(other, Side) else other.digest()
-    request = digest_value(["prove", candidate.digest, base_digest, *job.key()])
-    if is_done(out, request, force):
+    base = other.identity if isinstance(other, Side) else other.digest()
+    version = tool_versions()["pocketglm"]
+    request = digest_value(["prove", version, candidate.identity, base, *job.key()])
+    inputs = [path for path in (candidate.path, other.path, data.path) if path.exists()]
+    if is_done(out, request, force, inputs):
         return _result(out, read_proof(out), already_done=True)
-    with output_folder(out, request, force) as partial:
-        if not isinstance(other, Side):
-            other = _export(other, candidate, partial / "baseline", reporter)
-        command = _command(export, baseline, out, job)
-        proof = _measure(other, candidate, job, request, command, reporter)
-        shutil.rmtree(partial / "baseline", ignore_errors=True)
-        (partial / REPORT).write_text(html.render(proof), encoding="utf-8")
-        (partial / "report.md").write_text(markdown.render(proof), encoding="utf-8")
-        (partial / "README.md").write_text(card.render(proof), encoding="utf-8")
-        write_json(partial / PROOF, proof)
+    command = _command(export, baseline, out, job)
+    with output_folder(out, request, force, inputs) as partial:
+        _discard(partial)  # what a killed run left
+        try:
+            if not isinstance(other, Side):
+                other = _export(other, candidate, partial / "baseline", reporter)
+            proof = _measure(other, candidate, job, request, command, reporter)
+            _discard(partial)
+            _write(proof, partial)
+        except BaseException:
+            _discard(partial)  # nothing to resume: what was measured belongs to one run
+            raise
     return _result(out, proof)
+
+
+def _write(proof: Proof, folder: Path) -> None:
+    (folder / REPORT).write_text(html.render(proof), encoding="utf-8")
+    (folder / "report.md").write_text(markdown.render(proof), encoding="utf-8")
+    (folder / "README.md").write_text(card.render(proof), encoding="utf-8")
+    write_json(folder / PROOF, proof)
+
+
+def _discard(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name != REQUEST:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _result(out: Path, proof: Proof, already_done: bool = False) -> ProveResult:
@@ -213,13 +235,13 @@ def _measure(
     before, after = (_score(side, job, reporter) for side in sides)
     tokens = min(TOKENS, baseline.manifest.max_length, candidate.manifest.max_length)
     timings = interleave(baseline.path, candidate.path, tokens, job.threads, job.pairs, reporter)
-    threads = job.threads or usable_cores()
     device = _device.describe(*_PACKAGES.get(candidate.manifest.runtime, ()))
-    build = Builder(_device.short(device, threads))
+    build = Builder(_device.short(device, job.threads))
     claims = _claims.task_claims(build, before, after, job.gates)
     if job.task == "embed":
         claims += _cosines(build, sides, before, job, reporter)
     claims += _machine_claims(build, sides, timings, job.gates)
+    _claims.check_gates(claims, job.gates)
     details: dict[str, Any] = {
         "command": command,
         "latency": {
@@ -227,7 +249,7 @@ def _measure(
             "candidate": [round(float(ms), 4) for ms in timings[1].samples],
             "batch": 1,
             "tokens": tokens,
-            "threads": threads,
+            "threads": job.threads,
             "pairs": job.pairs,
         },
         "flips": _claims.flips(before, after),
@@ -292,14 +314,23 @@ def _read_rows(data: DataOptions, task: str, gates: Gates) -> str:
     """sha256 over the rows that are scored (for `embed` also those they are compared with)."""
     train = read_split(data, "train") if task == "embed" else []
     test = read_split(data, "test")
-    has_oos = task == "intent" and any(row.label == data.oos_label for row in test)
-    if gates.max_oos_recall_drop is not None and not has_oos:
-        raise UsageError(
-            f"a limit for the out-of-scope recall, but no test row has the label '{data.oos_label}'"
-            if task == "intent"
-            else f"the task '{task}' has no out-of-scope recall to limit",
-            "leave --max-oos-recall-drop out, or name the label with --oos-label",
+    if gates.max_oos_recall_drop is not None:
+        oos = [row.label == data.oos_label for row in test]
+        why = (
+            f"the task '{task}' has no out-of-scope recall to limit"
+            if task != "intent"
+            else f"no test row has the label '{data.oos_label}'"
+            if not any(oos)
+            else f"every test row has the label '{data.oos_label}', so their recall is the accuracy"
+            if all(oos)
+            else ""
         )
+        if why:
+            raise UsageError(
+                f"--max-oos-recall-drop: {why}",
+                "leave it out (--max-accuracy-drop limits the accuracy), or name the label with "
+                "--oos-label",
+            )
     return digest_value([len(train), *([row.text, row.label] for row in [*train, *test])])
 
 
@@ -309,7 +340,7 @@ def _command(export: Path, baseline: Path, out: Path, job: _Job) -> str:
     options: dict[str, Any] = {
         f.name: getattr(job.data, f.name)
         for f in fields(DataOptions)
-        if getattr(job.data, f.name) != getattr(usual, f.name)
+        if getattr(job.data, f.name) != getattr(usual, f.name) and f.name != "divided_by"
     }
     options |= {"max_length": job.max_length, "threads": job.threads, "pairs": job.pairs}
     options |= job.gates.model_dump()

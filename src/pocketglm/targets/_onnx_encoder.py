@@ -3,7 +3,7 @@
 Post-norm transformer of Devlin et al. 2019 (arXiv:1810.04805); pooling, head and normalization are
 part of the graph. Two dialects: ONNX Runtime's (opset 17 and com.microsoft operators) and, for old
 devices, opset 13 with standard operators only. Add and LayerNormalization stay two nodes: ONNX
-Runtime's SkipLayerNormalization is several times slower on the CPU.
+Runtime's SkipLayerNormalization was the slower when both were tried on the CPU.
 
 The values that the blocks end with are named `embeddings`, `block.0`, `block.1`, ...: parity
 reads them.
@@ -86,9 +86,9 @@ class EncoderGraph:
     def _attention(self, x: str, at: str) -> str:
         """The three projections and the attention itself: [B, S, H] -> [B, S, H].
 
-        Float weights take ONNX Runtime's `Attention`, 5-15 % faster than plain nodes at 1 x 32
-        tokens. Integers take one packed projection and `MultiHeadAttention`; `QAttention` measured
-        some 8 % faster on x86, but only DynamicQuantizeMatMul reaches the integer kernels of Arm.
+        Float weights take ONNX Runtime's `Attention`, one kernel for the projections and the rest.
+        Integers take one packed projection and `MultiHeadAttention`, not `QAttention`: the product
+        of `DynamicQuantizeMatMul` is the one that ONNX Runtime has integer kernels of Arm for.
         """
         g, heads = self.g, self.spec.num_heads
         layers = [f"{at}attention.{name}" for name in ("query", "key", "value")]
@@ -146,7 +146,7 @@ class EncoderGraph:
         return g.op("Add", scaled, beta, out=out)
 
     def _activation(self, x: str) -> str:
-        """Exact GELU (FastGelu, its tanh form, measured no faster), that tanh form, or ReLU."""
+        """Exact GELU, its tanh form (FastGelu), or ReLU: what the checkpoint was trained with."""
         g, kind = self.g, self.spec.activation
         if kind == "relu":
             return g.op("Relu", x)

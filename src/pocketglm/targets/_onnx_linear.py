@@ -17,37 +17,24 @@ ContribOperators.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from onnx import TensorProto
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.model.bert import hf_name
 from pocketglm.model.hf import stored_name
-from pocketglm.ops.stored import read_quantized, read_weight
+from pocketglm.ops.packing import pack_blocks, pack_rows
+from pocketglm.ops.stored import Quantized, read_quantized, read_weight
 from pocketglm.targets._onnx_graph import GraphBuilder
 
-Array = npt.NDArray[Any]
-BLOCK = 128  # of MatMulNBits where the scheme has one scale per row: the fastest size measured
+BLOCK = (
+    128  # of MatMulNBits where the scheme has one scale per row: the fastest when sizes were tried
+)
 _BLOCKS = (16, 32, 64, 128, 256)  # the sizes that ONNX Runtime's kernels know
-
-
-@dataclass(frozen=True, slots=True)
-class Integers:
-    """A quantized weight: q int8 [N, K], scales float32 [N, G], zero_points int8 [N, G] or None."""
-
-    q: Array
-    scales: Array
-    zero_points: Array | None
-    scheme: TensorScheme
-
-    def rows(self, limit: int | None) -> Integers:
-        """The first `limit` rows."""
-        zeros = None if self.zero_points is None else self.zero_points[:limit]
-        return Integers(self.q[:limit], self.scales[:limit], zeros, self.scheme)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +54,9 @@ class Weights:
         """How a weight is quantized; None: it is stored in float."""
         return self.ckpt.manifest.schemes.get(stored_name(self.ckpt, name))
 
-    def integers(self, name: str) -> Integers:
+    def integers(self, name: str) -> Quantized:
         """The integers of a quantized weight."""
-        stored = read_quantized(self.ckpt, stored_name(self.ckpt, name))
-        zeros = None if stored.zero_points is None else stored.zero_points.numpy()
-        return Integers(stored.q.numpy(), stored.scales.numpy(), zeros, stored.scheme)
+        return read_quantized(self.ckpt, stored_name(self.ckpt, name))
 
 
 def refusal(scheme: TensorScheme, *, linear: bool) -> str:
@@ -122,24 +107,24 @@ def float_columns(g: GraphBuilder, weights: Weights, *layers: str) -> str:
     return g.constant(f"{label(*layers)}.weight", np.concatenate(values).T)
 
 
-def integer_columns(g: GraphBuilder, name: str, part: Integers) -> tuple[str, str, str]:
+def integer_columns(g: GraphBuilder, name: str, part: Quantized) -> tuple[str, str, str]:
     """Per-channel integers int8 [K, N], scales [N], zero points int8 [N] ('' if symmetric)."""
     zeros = part.zero_points
     return (
-        g.constant(f"{name}.weight", part.q.T),
-        g.constant(f"{name}.scales", part.scales[:, 0]),
-        "" if zeros is None else g.constant(f"{name}.zero_points", zeros[:, 0]),
+        g.constant(f"{name}.weight", part.q.T.numpy()),
+        g.constant(f"{name}.scales", part.scales[:, 0].numpy()),
+        "" if zeros is None else g.constant(f"{name}.zero_points", zeros[:, 0].numpy()),
     )
 
 
-def side_by_side(weights: Weights, *layers: str) -> Integers:
+def side_by_side(weights: Weights, *layers: str) -> Quantized:
     """The integers of layers that share a scheme, concatenated along N."""
     parts = [weights.integers(f"{layer}.weight") for layer in layers]
     zeros = [part.zero_points for part in parts if part.zero_points is not None]
-    return Integers(
-        np.concatenate([part.q for part in parts]),
-        np.concatenate([part.scales for part in parts]),
-        np.concatenate(zeros) if zeros else None,
+    return Quantized(
+        torch.cat([part.q for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(zeros) if zeros else None,
         parts[0].scheme,
     )
 
@@ -157,26 +142,33 @@ def embedding(
     if scheme is None:
         table = g.constant(f"{name}.weight", weights.floats(f"{layer}.weight")[:limit])
         return g.op("Gather", table, rows)
-    part = weights.integers(f"{layer}.weight").rows(limit)
+    part = _first_rows(weights.integers(f"{layer}.weight"), limit)
     if scheme.bits == 4 or scheme.group_size:
         return _gather_block(g, name, rows, part)
-    values = g.op("Gather", g.constant(f"{name}.weight", part.q), rows)
+    values = g.op("Gather", g.constant(f"{name}.weight", part.q.numpy()), rows)
     values = g.op("Cast", values, to=TensorProto.FLOAT)
     if part.zero_points is not None:
-        zeros = g.op("Gather", g.constant(f"{name}.zero_points", part.zero_points), rows)
+        table = g.constant(f"{name}.zero_points", part.zero_points.numpy())
+        zeros = g.op("Gather", table, rows)
         values = g.op("Sub", values, g.op("Cast", zeros, to=TensorProto.FLOAT))
-    return g.op("Mul", values, g.op("Gather", g.constant(f"{name}.scales", part.scales), rows))
+    scales = g.constant(f"{name}.scales", part.scales.numpy())
+    return g.op("Mul", values, g.op("Gather", scales, rows))
 
 
-def _gather_block(g: GraphBuilder, name: str, rows: str, part: Integers) -> str:
+def _first_rows(part: Quantized, limit: int | None) -> Quantized:
+    zeros = None if part.zero_points is None else part.zero_points[:limit]
+    return Quantized(part.q[:limit], part.scales[:limit], zeros, part.scheme)
+
+
+def _gather_block(g: GraphBuilder, name: str, rows: str, part: Quantized) -> str:
     bits, columns = part.scheme.bits, part.q.shape[1]
     inputs = [
-        g.constant(f"{name}.weight", _packed(part.q, bits)),
+        g.constant(f"{name}.weight", pack_rows(part.q, bits)),
         rows,
-        g.constant(f"{name}.scales", part.scales),
+        g.constant(f"{name}.scales", part.scales.numpy()),
     ]
     if part.zero_points is not None:
-        inputs.append(g.constant(f"{name}.zero_points", _packed(part.zero_points, bits)))
+        inputs.append(g.constant(f"{name}.zero_points", pack_rows(part.zero_points, bits)))
     return g.microsoft(
         "GatherBlockQuantized",
         *inputs,
@@ -188,22 +180,19 @@ def _gather_block(g: GraphBuilder, name: str, rows: str, part: Integers) -> str:
     )
 
 
-def _matmul_nbits(g: GraphBuilder, name: str, x: str, part: Integers, bias: str) -> str:
+def _matmul_nbits(g: GraphBuilder, name: str, x: str, part: Quantized, bias: str) -> str:
     bits, (rows, columns) = part.scheme.bits, part.q.shape
     block = part.scheme.group_size or BLOCK
     blocks = -(-columns // block)
-    scales = np.broadcast_to(part.scales, (rows, blocks))
-    zeros = part.zero_points
+    scales, zeros = part.scales.expand(rows, blocks), part.zero_points
     if zeros is not None:
-        zeros = np.broadcast_to(zeros, (rows, blocks))
-    q = np.zeros((rows, blocks * block), np.int8)  # the last block may reach beyond K
-    q[:, :columns] = part.q
+        zeros = zeros.expand(rows, blocks)
     return g.microsoft(
         "MatMulNBits",
         x,
-        g.constant(f"{name}.weight", _packed(q, bits).reshape(rows, blocks, -1)),
-        g.constant(f"{name}.scales", scales),
-        "" if zeros is None else g.constant(f"{name}.zero_points", _packed(zeros, bits)),
+        g.constant(f"{name}.weight", pack_blocks(part.q, bits, block)),
+        g.constant(f"{name}.scales", scales.numpy()),
+        "" if zeros is None else g.constant(f"{name}.zero_points", pack_rows(zeros, bits)),
         "",
         bias,
         K=columns,
@@ -212,14 +201,3 @@ def _matmul_nbits(g: GraphBuilder, name: str, x: str, part: Integers, bias: str)
         block_size=block,
         accuracy_level=1 if part.scheme.activation == "none" else 4,
     )
-
-
-def _packed(q: Array, bits: int) -> npt.NDArray[np.uint8]:
-    """int8 [N, K] -> uint8 [N, K] (8 bits) or [N, ceil(K/2)] (4), moved to start from 0."""
-    moved = (q.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
-    if bits == 8:
-        return moved
-    if moved.shape[1] % 2:
-        moved = np.pad(moved, ((0, 0), (0, 1)))
-    packed: npt.NDArray[np.uint8] = moved[:, 0::2] | (moved[:, 1::2] << np.uint8(4))
-    return packed

@@ -38,7 +38,7 @@ class Tokens:
 
 
 def read_rows(options: DataOptions) -> tuple[list[Example], list[Example]]:
-    """Train and validation rows; of a single file, about a tenth is held out for validation.
+    """Train and validation rows; of a single file, a tenth each is held out for them and for test.
 
     Raises:
         DataError: no rows, fewer than two labels, or validation labels that training has not.

@@ -52,7 +52,9 @@ class FinetuneConfig(LoopConfig):
     learning_rate: the default suits encoders of MiniLM's width; BERT-base wants about 5e-5.
     max_length: tokens per text, None = the data's 99.5th percentile. pooling: None = the
     checkpoint's (mean where it states none). minutes: time budget of the whole run.
-    class_weights: weigh each label by the inverse of its share.
+    class_weights: weigh each label by the inverse of its share. head_multiplier: for the new
+    layers; those that come trained with the checkpoint learn at the body's rate. limit: rows of
+    training, and of validation, at most.
     """
 
     learning_rate: float = Field(3e-4, gt=0)
@@ -103,14 +105,14 @@ def finetune(
     ckpt = Checkpoint.open(path)
     examples, validation = read_rows(config.options)
     request = _request(ckpt, config, [*examples, *validation])
-    if is_done(out, request, force):
+    if is_done(out, request, force, [path]):
         return _already_done(out)
     job = _prepare(ckpt, config, examples, validation, reporter)
     loop_config: LoopConfig = config
     if config.minutes is not None:
         left = config.minutes - (time.monotonic() - began) / 60
         loop_config = config.model_copy(update={"minutes": max(left, 0.01)})
-    with _output(out, request, force, is_main) as work:
+    with _output(path, out, request, force, is_main) as work:
         result = train(
             job.model,
             Rows(job.tokens.lengths, job.collate),
@@ -118,7 +120,7 @@ def finetune(
             loop_config,
             work,
             evaluate=lambda model: float((job.predict(model) == job.truth).mean()),
-            is_head=lambda name: name.startswith(("classifier.", "pooler.")),
+            is_head=lambda name: name.startswith(job.fresh),
             reporter=reporter,
         )
         reporter.say("validating the best weights")
@@ -155,9 +157,13 @@ def _request(ckpt: Checkpoint, config: FinetuneConfig, rows: Sequence[Example]) 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """The model with its head, and the rows as numbers. `targets` and `truth` are label numbers."""
+    """The model with its head, and the rows as numbers. `targets` and `truth` are label numbers.
+
+    fresh: name prefixes of the layers that no one has trained yet.
+    """
 
     model: Encoder
+    fresh: tuple[str, ...]
     labels: list[str]
     max_length: int
     tokens: Tokens
@@ -214,7 +220,7 @@ def _prepare(
     reporter: Reporter,
 ) -> _Job:
     tokenizer = Tokenizer.load(ckpt.path)
-    model, labels = _classifier(ckpt, config, {row.label for row in examples})
+    model, labels, fresh = _classifier(ckpt, config, {row.label for row in examples})
     tokenizer.check_vocabulary(model.spec.vocab_size, ckpt.path)
     limit = max_length_of(ckpt)
     if config.max_length is not None and config.max_length > limit:
@@ -229,6 +235,7 @@ def _prepare(
     number = {label: index for index, label in enumerate(labels)}
     return _Job(
         model=model,
+        fresh=fresh,
         labels=labels,
         max_length=length,
         tokens=tokens,
@@ -241,21 +248,23 @@ def _prepare(
 
 def _classifier(
     ckpt: Checkpoint, config: FinetuneConfig, labels: set[str]
-) -> tuple[Encoder, list[str]]:
-    """The checkpoint's own classifier where it fits the labels, else a fresh head."""
+) -> tuple[Encoder, list[str], tuple[str, ...]]:
+    """The checkpoint's own classifier where it fits the labels, else a new head; its new layers."""
     model, known = load_encoder(ckpt), labels_of(ckpt)
     if set(known) == labels and config.pooling in (None, model.spec.pooling):
-        return model, known
-    return with_classifier(model, len(labels), config.pooling, config.seed), sorted(labels)
+        return model, known, ()
+    fresh = ("classifier.", "pooler.") if model.pooler is None else ("classifier.",)
+    model = with_classifier(model, len(labels), config.pooling, config.seed)
+    return model, sorted(labels), fresh
 
 
 @contextmanager
-def _output(out: Path, request: str, force: bool, is_main: bool) -> Iterator[Path]:
+def _output(path: Path, out: Path, request: str, force: bool, is_main: bool) -> Iterator[Path]:
     """The partial folder; only the first process locks and commits it."""
     if not is_main:
         yield out.with_name(out.name + ".partial")
         return
-    with output_folder(out, request, force) as partial:
+    with output_folder(out, request, force, [path]) as partial:
         yield partial
 
 

@@ -4,12 +4,14 @@ Built on accelerate, which places the model and averages gradients (CPU, GPU, ma
 (Loshchilov and Hutter 2019, no decay on biases and norms), linear warm-up then cosine to zero, a
 learning-rate multiplier for the head, gradient clipping, early stopping, best weights kept.
 
-Two decisions make a run repeatable:
+Three decisions make a run repeatable, and its processes agree:
 * The order of rows depends on (seed, epoch) and the random numbers of a step on (seed, step, rank)
   alone. So a resumed run draws what an uninterrupted one would have drawn, and no generator state
   has to be stored. A loss that draws random numbers must draw them from torch.
 * A loss is returned as a sum and a weight (rows, or tokens). Both are summed over all processes
   before the division, so uneven shards give the gradient of the whole batch.
+* The first process alone reads the clock and scores the model; the others are told. So learning
+  rates and the decision to stop are functions of shared values, and the replicas stay equal.
 """
 
 from __future__ import annotations
@@ -50,8 +52,9 @@ class LoopConfig(Config):
     """How to train. `batch_size` counts the rows of all processes together.
 
     warmup: share of the steps. clip: largest gradient norm. patience: epochs without a better
-    validation score before it stops. minutes: time budget of the whole loop; the cosine reaches
-    zero when it is used up, however fast the machine turns out to be.
+    validation score before it stops. minutes: time budget of the whole loop (of several processes
+    the first one's counts); the cosine reaches zero when it is used up, however fast the machine
+    turns out to be. head_multiplier: for the layers that `is_head` names.
     """
 
     epochs: float = Field(5, gt=0)
@@ -181,39 +184,43 @@ class _Run:
         self.reporter: Reporter = reporter if self.accelerator.is_main_process else Silent()
         self.per_epoch = math.ceil(len(rows.lengths) / config.batch_size)
         self.total = math.ceil(self.per_epoch * config.epochs)
-        self.budget = None if config.minutes is None else config.minutes * 60
+        self.budget = None if config.minutes is None else self._shared(config.minutes * 60)
         self.state = _State()
         self.best_weights: dict[str, torch.Tensor] | None = None
         self.order: tuple[int, list[npt.NDArray[np.int64]]] = (-1, [])
         self.began, self.first_step = time.monotonic(), 0
+        self.time_used = 0.0  # share of the budget, the same in all processes
 
     # --- how far it is ---------------------------------------------------------------------------
 
     def elapsed(self) -> float:
-        """Seconds of training, earlier runs included; the first process decides for all."""
-        seconds = self.state.seconds + time.monotonic() - self.began
-        return self._shared(seconds) if self.budget else seconds
+        """Seconds of training in this process, earlier runs included."""
+        return self.state.seconds + time.monotonic() - self.began
 
     def _shared(self, value: float) -> float:
+        """The first process's value, in all of them; every process has to call it."""
         if self.world == 1:
             return value
         broadcast = require("accelerate.utils", extra="train").broadcast
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         return float(broadcast(tensor, from_process=0))
 
-    def _time_used(self) -> float:
-        """Share of the time budget that is used, counting the evaluation that is still to come."""
+    def _look_at_the_clock(self) -> None:
+        """Renew `time_used`, counting the evaluation that is still to come."""
         if self.budget is None:
-            return 0.0
+            return
         last = self.state.evaluation_seconds
         reserve = 0.1 * self.budget if last is None else last
-        return self.elapsed() / max(self.budget - reserve, 1e-9)
+        self.time_used = self._shared(self.elapsed() / max(self.budget - reserve, 1e-9))
 
     def is_finished(self) -> bool:
-        """All steps done, the time used up (after one step at least), or no more improvement."""
+        """All steps done, the time used up (after one step at least), or no more improvement.
+
+        Reads no clock: all processes, and two calls in a row, come to the same answer.
+        """
         state = self.state
         stale = self.score_of is not None and state.worse >= self.config.patience
-        return state.step >= self.total or stale or (state.step > 0 and self._time_used() >= 1.0)
+        return state.step >= self.total or stale or (state.step > 0 and self.time_used >= 1.0)
 
     def evaluation_is_due(self) -> bool:
         state = self.state
@@ -248,7 +255,8 @@ class _Run:
             self._diverged(loss)
         self.accelerator.backward(total * (self.world / sums[1]).to(total.dtype))
         self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
-        progress = max((state.step + 0.5) / self.total, self._time_used())
+        self._look_at_the_clock()
+        progress = max((state.step + 0.5) / self.total, self.time_used)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate(progress, config.warmup)
         with interrupt_held():
@@ -286,16 +294,17 @@ class _Run:
             self.plain.eval()
             with torch.inference_mode():
                 score = float(self.score_of(self.plain))
-        score = self._shared(score)
+        score, seconds = self._shared(score), self._shared(time.monotonic() - began)
         weights = {n: t.detach().to("cpu", copy=True) for n, t in self.plain.state_dict().items()}
         with interrupt_held():
             state.evaluated = state.step
-            state.evaluation_seconds = time.monotonic() - began
+            state.evaluation_seconds = seconds
             state.scores.append((state.step, score))
             state.worse += 1
             if score > state.best:
                 state.best, state.best_step, state.worse = score, state.step, 0
                 self.best_weights = weights
+        self._look_at_the_clock()
         epoch = state.step / self.per_epoch
         self.reporter.say(f"epoch {epoch:.3g}: validation {score:.4f} (best {state.best:.4f})")
 
@@ -336,6 +345,7 @@ class _Run:
         self.optimizer.load_state_dict(value["optimizer"])
         self.best_weights = value["best"]
         self.began, self.first_step = time.monotonic(), self.state.step
+        self._look_at_the_clock()
         self.reporter.say(f"resuming at step {self.state.step} of {self.total}")
 
     def finish(self) -> LoopResult:
@@ -353,5 +363,5 @@ class _Run:
             losses=list(state.losses),
             scores=[(int(step), float(score)) for step, score in state.scores],
             precision="bf16" if self.bf16 else "fp32",
-            seconds=state.seconds + time.monotonic() - self.began,
+            seconds=self.elapsed(),
         )
