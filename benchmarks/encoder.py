@@ -216,7 +216,7 @@ def markdown(
     lines += [
         "\n## Speed next to a peer, one process, files in turn\n",
         f"Batch 1, 32 tokens, {threads} threads, {len(base)} rounds of medians of 40 calls; "
-        "median (range) over the rounds.\n",
+        "median (range) over the rounds. The machine is shared: a wide range shows it.\n",
         "| file | MB | ms | times the speed of our fp32 | times the speed of quantize_dynamic |",
         "| --- | --- | --- | --- | --- |",
     ]

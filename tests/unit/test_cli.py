@@ -341,6 +341,9 @@ def test_other_bad_usage(shell: Shell, trained: Path, world: Path, tmp_path: Pat
     rate = shell("train", world / "base", "--task", "intent", "--data", data, "--lr", 0,
                  "--out", tmp_path / "t")  # fmt: skip
     assert (rate.code, "--learning-rate" in rate.err) == (2, True)
+    gate = shell("prove", trained, "--baseline", trained, "--task", "intent", "--data", data,
+                 "--min-speedup", "nan", "--out", tmp_path / "p")  # fmt: skip
+    assert (gate.code, "finite" in gate.err) == (2, True)
 
 
 def test_a_missing_package_names_the_pip_command(world: Path, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ CHECKS = {
     "report.html in headless Chromium, wide and phone-sized": [
         sys.executable, "tests/verify/check_report.py",
     ],
-    "two commands on a fresh clone": [sys.executable, "tests/verify/check_fresh_clone.py"],
 }  # fmt: skip
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "compressed-tensors", "accelerate")
 

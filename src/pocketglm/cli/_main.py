@@ -82,6 +82,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         code = command(args[0])(
             args=args[1:], prog_name=f"pocketglm {args[0]}", standalone_mode=False
         )
+    except KeyboardInterrupt:  # while the verb's modules load, before Typer listens
+        code = 130
     except Exception as error:
         if debug:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from pocketglm.cli._common import (
     table,
 )
 from pocketglm.contracts import DataOptions
+from pocketglm.errors import UsageError
 from pocketglm.stages.prove import Gates, exit_code, prove
 
 
@@ -62,6 +64,10 @@ def main(
     json: Json = False,
 ) -> None:
     """Compare EXPORT with BASELINE; write proof.json, report.html and a model card to OUT."""
+    given = (max_accuracy_drop, max_oos_recall_drop, min_speedup, min_size_ratio, max_latency_ms,
+             max_memory_mb, max_size_mb)  # fmt: skip
+    if any(limit is not None and not math.isfinite(limit) for limit in given):
+        raise UsageError("a gate's limit is not a finite number", "for example --min-speedup 1.5")
     gates = Gates(
         max_accuracy_drop=max_accuracy_drop,
         max_oos_recall_drop=max_oos_recall_drop,

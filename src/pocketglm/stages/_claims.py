@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import FiniteFloat
 
 from pocketglm.artifacts.proof import Claim, verdict
 from pocketglm.contracts import Config, Scores
@@ -44,13 +45,13 @@ class Gates(Config):
     file). max_latency_ms: p50. max_memory_mb: peak of the process. max_size_mb: whole folder.
     """
 
-    max_accuracy_drop: float | None = None
-    max_oos_recall_drop: float | None = None
-    min_speedup: float | None = None
-    min_size_ratio: float | None = None
-    max_latency_ms: float | None = None
-    max_memory_mb: float | None = None
-    max_size_mb: float | None = None
+    max_accuracy_drop: FiniteFloat | None = None
+    max_oos_recall_drop: FiniteFloat | None = None
+    min_speedup: FiniteFloat | None = None
+    min_size_ratio: FiniteFloat | None = None
+    max_latency_ms: FiniteFloat | None = None
+    max_memory_mb: FiniteFloat | None = None
+    max_size_mb: FiniteFloat | None = None
 
 
 # The claims of which one is judged by each gate.
