@@ -64,19 +64,8 @@ def main(
     json: Json = False,
 ) -> None:
     """Compare EXPORT with BASELINE; write proof.json, report.html and a model card to OUT."""
-    given = (max_accuracy_drop, max_oos_recall_drop, min_speedup, min_size_ratio, max_latency_ms,
-             max_memory_mb, max_size_mb)  # fmt: skip
-    if any(limit is not None and not math.isfinite(limit) for limit in given):
-        raise UsageError("a gate's limit is not a finite number", "for example --min-speedup 1.5")
-    gates = Gates(
-        max_accuracy_drop=max_accuracy_drop,
-        max_oos_recall_drop=max_oos_recall_drop,
-        min_speedup=min_speedup,
-        min_size_ratio=min_size_ratio,
-        max_latency_ms=max_latency_ms,
-        max_memory_mb=max_memory_mb,
-        max_size_mb=max_size_mb,
-    )
+    given = locals()
+    gates = _gates({name: given[name] for name in Gates.model_fields})
     with Progressive() as reporter:
         result = prove(
             export,
@@ -111,6 +100,14 @@ def main(
     code = exit_code(result, allow_inconclusive)
     if code:
         raise typer.Exit(code)
+
+
+def _gates(limits: dict[str, float | None]) -> Gates:
+    for name, limit in limits.items():
+        if limit is not None and not math.isfinite(limit):
+            option = name.replace("_", "-")
+            raise UsageError(f"--{option} {limit} is not a finite number", f"e.g. --{option} 1.5")
+    return Gates(**limits)
 
 
 SPEC = main
