@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import itertools
 import json
 import os
 import shutil
@@ -209,20 +208,18 @@ def _free_name(out: Path) -> Path:
 
     A folder of such a name that PocketGLM did not write stays: the next name is taken.
     """
-    for number in itertools.count(1):
+    number = 0
+    while True:
+        number += 1
         old = out.with_name(f"{out.name}.replaced" + (f"-{number}" if number > 1 else ""))
         if _is_ours(old):
             _remove_replaced(old)
         if not os.path.lexists(old):
             return old
-    raise AssertionError("unreachable")
 
 
 def _remove_replaced(folder: Path) -> None:
     """Remove a replaced output, its manifests last: after a crash it is still known as ours."""
-    if not folder.is_dir() or folder.is_symlink():
-        _remove(folder)
-        return
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name in _MANIFESTS):
         with suppress(FileNotFoundError):  # another process may be removing it too
             _remove(entry)
