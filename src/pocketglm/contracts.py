@@ -13,10 +13,10 @@ Shapes: B batch, S tokens, C classes or hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -89,11 +89,19 @@ Method = TensorMethod  # BlockMethod and ModelMethod join with their issues
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """What `export` was asked for, beyond the target's name."""
+    """What `export` was asked for, beyond the target's name.
+
+    max_length: tokens per text; of a decoder, prompt and answer together (its cache). logits: the
+    positions that a decoder's file computes logits of. spinning: threads wait busily.
+    max_memory: bytes that the process may have resident; None: no limit.
+    """
 
     opset: int | None = None
     max_length: int | None = None
     threads: int | None = None
+    logits: Literal["last", "all"] = "last"
+    spinning: bool = False
+    max_memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,37 +122,51 @@ class Target:
     """One file format. `supports` returns the reasons of a refusal; `lower` writes the files.
 
     `blocks` runs the written file with activation quantization off, for parity: model file, ids
-    and mask [B, S] -> the values that the encoder's parts end with, [B, S, H] or [B, C]:
-    `embeddings`, `block.0`, `block.1`, ... and `head`.
+    and mask [B, S] -> the values that the model's parts end with, one after the other, [B, S, H] or
+    [B, C]: `embeddings`, `block.0`, `block.1`, ... and `head` (of a decoder [B, V]: the logits of
+    each row's last token; it may give them in ranges, `head.0:4096`, ...).
     """
 
     summary: str
     runtime: str
     supports: Callable[[Checkpoint, ExportOptions], list[str]]
     lower: Callable[[Checkpoint, Path, ExportOptions, Reporter], Lowered]
-    blocks: Callable[[Path, Ids, Ids], dict[str, Floats]]
+    blocks: Callable[[Path, Ids, Ids], Iterable[tuple[str, Floats]]]
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How a runtime opens a model. `threads=None`: all cores that this process may use."""
+    """How a runtime opens a model. `threads=None`: all cores that this process may use.
+
+    context: tokens that a decoder's cache can hold; None: as many as the model or file allows.
+    """
 
     threads: int | None = None
     spinning: bool = False
     optimize: bool = True
+    context: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
-    """What a caller must know about an open model. `threads`: how many it was opened with."""
+    """What a caller must know about an open model. `threads`: how many it was opened with.
+
+    max_length: of an encoder, tokens per text; of a decoder, prompt and answer together.
+    scores: the positions that one call of a decoder's file has logits of.
+    """
 
     runtime: str
     output: str  # "logits" or "sentence_embedding"
+    kind: Literal["encoder", "decoder"] = "encoder"
     labels: tuple[str, ...] = ()
     max_length: int = 512
     pooling: str = ""
     activation: str = "none"
     threads: int = 0
+    vocab_size: int = 0
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    scores: Literal["last", "all"] = "all"
 
 
 class EncoderSession(Protocol):
@@ -159,12 +181,47 @@ class EncoderSession(Protocol):
         """Free the model."""
 
 
+class DecoderSession(Protocol):
+    """An open decoder with one text in its cache; numpy in, numpy out. Logits are float32 [V].
+
+    The text never becomes longer than `info.max_length`; each call that would make it longer
+    raises UsageError and changes nothing.
+    """
+
+    info: SessionInfo
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text so far."""
+
+    def prefill(self, ids: Sequence[int]) -> Floats:
+        """Append one or more tokens; the logits after the last one."""
+
+    def step(self, token: int) -> Floats:
+        """Append one token; the logits after it."""
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens."""
+
+    def fork(self) -> DecoderSession:
+        """A session with a copy of the text so far; it shares the weights."""
+
+    def score(self, ids: Sequence[int]) -> Floats:
+        """Logits [S, V] of a text of its own, at every position; leaves this session as it is."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+Session = EncoderSession | DecoderSession
+
+
 @dataclass(frozen=True, slots=True)
 class Runtime:
     """Opens a folder. A package that is not in the core is imported by `errors.require`."""
 
     summary: str
-    open: Callable[[Path, RunOptions], EncoderSession]
+    open: Callable[[Path, RunOptions], Session]
 
 
 # --- tasks -------------------------------------------------------------------------------------
@@ -214,7 +271,12 @@ class DataOptions:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One way to score a Session on a data folder's test split."""
+    """One way to score a Session on a data folder's test split.
+
+    `kind`: of the models that can do it, and so of the session. A task that needs more than the
+    session (a command's grammar) reads it from the model's folder, the first argument of `score`.
+    """
 
     summary: str
-    score: Callable[[EncoderSession, Tokenizer, DataOptions, int | None, Reporter], Scores]
+    score: Callable[[Path, Any, Tokenizer, DataOptions, int | None, Reporter], Scores]
+    kind: Literal["encoder", "decoder"] = "encoder"

@@ -30,7 +30,7 @@ from pocketglm.eval.intent import intent_scores
 from pocketglm.model.encoder import init_encoder, with_classifier
 from pocketglm.model.hf import load_encoder, save_encoder
 from pocketglm.model.spec import EncoderSpec
-from pocketglm.runtimes import open_session
+from pocketglm.runtimes import open_encoder
 from pocketglm.stages.export import export
 from pocketglm.text.tokenizer import Tokenizer
 
@@ -81,13 +81,13 @@ def write(file: Path, labels: list[str], texts: list[str] = TEXTS) -> Path:
 
 def one_by_one(folder: Path) -> npt.NDArray[np.float32]:
     """The model's outputs, each text alone: no padding, no order."""
-    session, tokenizer = open_session(folder, ONE), Tokenizer.load(folder)
+    session, tokenizer = open_encoder(folder, ONE), Tokenizer.load(folder)
     rows = [tokenizer.encode([text], 16) for text in TEXTS]
     return np.concatenate([session.logits(row.ids, row.mask) for row in rows])
 
 
 def test_logits_keep_the_order_whatever_the_batch(models: tuple[Path, Path]) -> None:
-    session, tokenizer = open_session(models[1], ONE), Tokenizer.load(models[1])
+    session, tokenizer = open_encoder(models[1], ONE), Tokenizer.load(models[1])
     expected = one_by_one(models[1])
     bars = Bars()
     for size in (1, 2, 4, 32):
@@ -111,7 +111,7 @@ def test_logits_keep_the_order_whatever_the_batch(models: tuple[Path, Path]) -> 
 def test_dynamic_activations_are_scored_one_text_at_a_time(
     models: tuple[Path, Path], activation: str
 ) -> None:
-    session, tokenizer = open_session(models[1], ONE), Tokenizer.load(models[1])
+    session, tokenizer = open_encoder(models[1], ONE), Tokenizer.load(models[1])
     info: SessionInfo = replace(session.info, activation=activation)
     session.info = info
     bars = Bars()
@@ -196,14 +196,14 @@ def test_nearest_rows_in_parts() -> None:
 
 
 def test_cosine_parity(models: tuple[Path, Path]) -> None:
-    embedder, tokenizer = open_session(models[0], ONE), Tokenizer.load(models[0])
+    embedder, tokenizer = open_encoder(models[0], ONE), Tokenizer.load(models[0])
     same = cosine_parity(embedder, embedder, tokenizer, TEXTS)
     np.testing.assert_allclose(same, 1.0, atol=1e-6)
     # Outputs that are not of unit length: class logits; the other side sees cut texts.
-    classifier = open_session(models[1], ONE)
+    classifier = open_encoder(models[1], ONE)
     whole = one_by_one(models[1]).astype(np.float64)
     cut = logits_of(classifier, tokenizer, TEXTS, max_length=4).astype(np.float64)
-    short = open_session(models[1], ONE)
+    short = open_encoder(models[1], ONE)
     short.info = replace(short.info, max_length=4)
     lengths = np.linalg.norm(whole, axis=1) * np.linalg.norm(cut, axis=1)
     expected = (whole * cut).sum(axis=1) / lengths

@@ -28,7 +28,7 @@ from pocketglm.contracts import ExportOptions, Silent
 from pocketglm.errors import CheckpointError, ParityError, UsageError
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.layers import Block
-from pocketglm.runtimes import open_session
+from pocketglm.runtimes import open_encoder
 from pocketglm.stages import _parity
 from pocketglm.stages.export import export
 from pocketglm.text.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def test_int8_parity_is_exact_by_block_and_bounded_as_shipped(tiny8: Path, tmp_p
     parity = manifest.parity
     assert max(parity.blocks.values()) < 2e-5
     assert 1e-4 < parity.output_max_abs < parity.tolerance
-    session = open_session(tmp_path / "out" / "onnx")
+    session = open_encoder(tmp_path / "out" / "onnx")
     assert session.info.activation == "dynamic_tensor"
 
 
@@ -348,7 +348,7 @@ def test_the_real_minilm_equals_transformers(minilm: Path, tmp_path: Path) -> No
         hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
     mean = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
     wanted = torch.nn.functional.normalize(mean).numpy()
-    assert np.abs(open_session(folder).logits(encoded.ids, encoded.mask) - wanted).max() < 1e-4
+    assert np.abs(open_encoder(folder).logits(encoded.ids, encoded.mask) - wanted).max() < 1e-4
 
 
 def test_requests_differ_by_checkpoint(tiny: Path, tiny8: Path, tmp_path: Path) -> None:

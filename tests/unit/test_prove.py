@@ -30,7 +30,7 @@ from pocketglm.model.encoder import init_encoder, with_classifier
 from pocketglm.model.hf import save_encoder
 from pocketglm.model.spec import EncoderSpec
 from pocketglm.report import _format
-from pocketglm.runtimes import open_session
+from pocketglm.runtimes import open_encoder
 from pocketglm.stages import _claims, _timing
 from pocketglm.stages._claims import Builder, Gates
 from pocketglm.stages._measure import Worker
@@ -86,7 +86,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     for name in ("good", "bad"):
         assert export(root / name, ["onnx"], root / f"{name}-export").targets[0].ok
     texts = texts_of(120)
-    session = open_session(root / "good")
+    session = open_encoder(root / "good")
     best = logits_of(session, Tokenizer.load(root / "good"), texts).argmax(1)
     file = root / "rows.jsonl"
     rows = [{"text": t, "label": LABELS[b]} for t, b in zip(texts, best, strict=True)]

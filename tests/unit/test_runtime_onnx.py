@@ -18,7 +18,7 @@ from pocketglm.artifacts.export import EXPORT, read_export
 from pocketglm.artifacts.manifest import write_json
 from pocketglm.contracts import Ids, RunOptions, Runtime
 from pocketglm.errors import CheckpointError, UsageError
-from pocketglm.runtimes import open_session
+from pocketglm.runtimes import open_encoder
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.stages.export import export
 
@@ -51,7 +51,7 @@ def rewrite(folder: Path, model: onnx.ModelProto) -> None:
 
 
 def test_session(exported: Path) -> None:
-    session = open_session(exported)
+    session = open_encoder(exported)
     info = session.info
     assert (info.runtime, info.output, info.max_length) == ("onnx", "logits", 16)
     assert (info.labels, info.pooling) == (("label 0", "label 1", "label 2"), "mean")
@@ -66,26 +66,26 @@ def test_session(exported: Path) -> None:
     "options", [RunOptions(threads=1), RunOptions(threads=2, spinning=True, optimize=False)]
 )
 def test_options_do_not_change_the_result(options: RunOptions, exported: Path) -> None:
-    wanted = open_session(exported).logits(IDS, MASK)
-    assert np.abs(RUNTIME.open(exported, options).logits(IDS, MASK) - wanted).max() < 1e-5
+    wanted = open_encoder(exported).logits(IDS, MASK)
+    assert np.abs(open_encoder(exported, options).logits(IDS, MASK) - wanted).max() < 1e-5
 
 
 def test_threads_are_the_callers_then_the_exports_then_all_cores(copy: Path) -> None:
-    assert open_session(copy).info.threads == usable_cores()
+    assert open_encoder(copy).info.threads == usable_cores()
     write_json(copy / EXPORT, read_export(copy).model_copy(update={"threads": 3}))
-    assert open_session(copy).info.threads == 3
-    assert open_session(copy, RunOptions(threads=1)).info.threads == 1
+    assert open_encoder(copy).info.threads == 3
+    assert open_encoder(copy, RunOptions(threads=1)).info.threads == 1
 
 
 def test_other_integer_types_are_taken(exported: Path) -> None:
-    session = open_session(exported)
+    session = open_encoder(exported)
     wanted = session.logits(IDS, MASK)
     narrow = session.logits(IDS.astype(np.int32), MASK.astype(np.int8))
     assert np.array_equal(narrow, wanted)
 
 
 def test_token_types_are_fed_as_zeros_where_a_graph_declares_them(copy: Path) -> None:
-    wanted = open_session(copy).logits(IDS, MASK)
+    wanted = open_encoder(copy).logits(IDS, MASK)
     model = onnx.load(str(copy / read_export(copy).model_file))
     name, shape = "token_type_ids", ["batch", "sequence"]
     model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, shape))
@@ -96,11 +96,11 @@ def test_token_types_are_fed_as_zeros_where_a_graph_declares_them(copy: Path) ->
     last.output[0] = "plain_logits"
     model.graph.node.extend([cast, total, plus])
     rewrite(copy, model)
-    assert np.array_equal(open_session(copy).logits(IDS, MASK), wanted)
+    assert np.array_equal(open_encoder(copy).logits(IDS, MASK), wanted)
 
 
 def test_too_long_rows_and_strange_ids(exported: Path) -> None:
-    session = open_session(exported)
+    session = open_encoder(exported)
     row = np.ones((1, 17), np.int64)
     with pytest.raises(UsageError, match=r"17 tokens .* exported for at most 16"):
         session.logits(row, row)
@@ -114,14 +114,14 @@ def test_missing_truncated_and_corrupt_files(copy: Path) -> None:
     data = file.read_bytes()
     file.write_bytes(data[:1000])
     with pytest.raises(CheckpointError, match=f"has 1000 bytes, it was exported with {len(data)}"):
-        open_session(copy)
+        open_encoder(copy)
     file.write_bytes(b"x" * len(data))
     with pytest.raises(CheckpointError, match="cannot open") as caught:
-        open_session(copy)
+        open_encoder(copy)
     assert "onnxruntime>=" in caught.value.hint
     file.unlink()
     with pytest.raises(CheckpointError, match=r"model\.onnx is missing"):
-        open_session(copy)
+        open_encoder(copy)
 
 
 def test_cores_respect_the_quota(tmp_path: Path) -> None:
@@ -141,8 +141,8 @@ def test_cores_respect_the_quota(tmp_path: Path) -> None:
 def test_no_torch_is_needed(exported: Path) -> None:
     code = (
         "import sys, numpy as np; from pathlib import Path\n"
-        "from pocketglm.runtimes import open_session\n"
-        f"ids = np.ones((1, 4), np.int64); open_session(Path({str(exported)!r})).logits(ids, ids)\n"
+        "from pocketglm.runtimes import open_encoder\n"
+        f"ids = np.ones((1, 4), np.int64); open_encoder(Path({str(exported)!r})).logits(ids, ids)\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,7 +15,7 @@ from pocketglm.errors import CheckpointError, UsageError
 from pocketglm.model.encoder import Encoder, init_encoder, with_classifier
 from pocketglm.model.hf import save_encoder
 from pocketglm.model.spec import EncoderSpec
-from pocketglm.runtimes import open_session
+from pocketglm.runtimes import open_encoder
 from pocketglm.runtimes._cores import usable_cores
 
 IDS: Ids = np.arange(12).reshape(2, 6)
@@ -40,10 +40,10 @@ def expected(model: Encoder) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]
 
 def test_classifier_session(tmp_path: Path) -> None:
     model = saved(tmp_path, ["a", "b", "c"], Manifest(max_length=16))
-    session = open_session(tmp_path)
+    session = open_encoder(tmp_path)
     assert session.info.runtime == "torch"
     assert session.info.threads == usable_cores()
-    assert open_session(tmp_path, RunOptions(threads=3)).info.threads == 3
+    assert open_encoder(tmp_path, RunOptions(threads=3)).info.threads == 3
     assert (session.info.output, session.info.labels) == ("logits", ("a", "b", "c"))
     assert (session.info.max_length, session.info.pooling) == (16, "mean")
     logits = session.logits(IDS, MASK)
@@ -55,7 +55,7 @@ def test_classifier_session(tmp_path: Path) -> None:
 
 def test_embedding_session(tmp_path: Path) -> None:
     model = saved(tmp_path, [])
-    session = open_session(tmp_path, RunOptions(threads=1))
+    session = open_encoder(tmp_path, RunOptions(threads=1))
     assert (session.info.output, session.info.labels) == ("sentence_embedding", ())
     assert session.info.max_length == 32
     vectors = session.logits(IDS, MASK)
@@ -77,7 +77,7 @@ def test_threads_are_those_asked_for_and_only_during_the_call(
         return inner(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    session = open_session(tmp_path, RunOptions(threads=wanted))
+    session = open_encoder(tmp_path, RunOptions(threads=wanted))
     session.logits(IDS, MASK)
     assert seen == [wanted, wanted]
     assert torch.get_num_threads() == before
@@ -85,7 +85,7 @@ def test_threads_are_those_asked_for_and_only_during_the_call(
 
 def test_other_integers_and_read_only_arrays_are_accepted(tmp_path: Path) -> None:
     saved(tmp_path, ["a", "b"])
-    session = open_session(tmp_path)
+    session = open_encoder(tmp_path)
     frozen = IDS.astype(np.int32)
     frozen.flags.writeable = False
     given: Ids = frozen  # type: ignore[assignment]
@@ -99,7 +99,7 @@ def test_an_id_outside_the_vocabulary_is_an_error(tmp_path: Path, wrong: int) ->
     saved(tmp_path, ["a", "b"])
     ids = IDS.copy()
     ids[1, 2] = wrong
-    session = open_session(tmp_path)
+    session = open_encoder(tmp_path)
     with pytest.raises(UsageError, match=rf"token id {wrong} is outside .* \(50 ids\)") as error:
         session.logits(ids, MASK)
     assert "tokenizer" in error.value.hint
@@ -109,12 +109,12 @@ def test_a_row_beyond_the_positions_is_an_error(tmp_path: Path) -> None:
     saved(tmp_path, ["a", "b"])
     long = np.zeros((1, 33), np.int64)
     with pytest.raises(UsageError, match="33 tokens in a row, the model has 32 positions"):
-        open_session(tmp_path).logits(long, np.ones_like(long))
+        open_encoder(tmp_path).logits(long, np.ones_like(long))
 
 
 def test_close_frees_the_model(tmp_path: Path) -> None:
     saved(tmp_path, ["a", "b"])
-    session = open_session(tmp_path)
+    session = open_encoder(tmp_path)
     session.close()
     with pytest.raises(AttributeError):
         session.logits(IDS, MASK)
@@ -124,16 +124,16 @@ def test_an_export_is_not_opened_as_a_checkpoint(tmp_path: Path) -> None:
     saved(tmp_path, ["a", "b"])
     (tmp_path / "export.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"export.json is not an export manifest"):
-        open_session(tmp_path)
+        open_encoder(tmp_path)
 
 
 def test_wrong_paths(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not download"):
-        open_session(Path("someone/model"))
+        open_encoder(Path("someone/model"))
     with pytest.raises(UsageError, match="does not exist"):
-        open_session(tmp_path / "none")
+        open_encoder(tmp_path / "none")
     with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
-        open_session(tmp_path)
+        open_encoder(tmp_path)
 
 
 def test_the_runtime_is_found_by_its_name() -> None:

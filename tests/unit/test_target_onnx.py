@@ -209,7 +209,7 @@ def test_dynamic_activations(form: str, tmp_path: Path) -> None:
     assert lowered.minimum["onnxruntime"] == (
         "1.19" if int4 else oldest[operator.removeprefix("com.microsoft.")]
     )
-    blocks = TARGET.blocks(file, IDS, MASK)
+    blocks = dict(TARGET.blocks(file, IDS, MASK))
     assert list(blocks) == ["embeddings", "block.0", "block.1", "head"]
     assert np.abs(blocks["head"] - wanted).max() < 2e-5
     model = load_encoder(Checkpoint.open(folder))

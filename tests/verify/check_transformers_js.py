@@ -33,7 +33,7 @@ from pocketglm.artifacts.manifest import Manifest
 from pocketglm.contracts import Floats
 from pocketglm.model.encoder import with_classifier
 from pocketglm.model.hf import load_encoder, save_encoder
-from pocketglm.runtimes import open_session
+from pocketglm.runtimes import open_encoder
 from pocketglm.stages.compress import compress
 from pocketglm.stages.export import export
 from pocketglm.stages.plan import Plan
@@ -112,7 +112,7 @@ def make_exports(root: Path) -> tuple[list[str], list[str]]:
 
 def ours(folder: Path) -> Floats:
     """What our runtime computes for TEXTS, padded as Transformers.js pads them."""
-    session = open_session(folder)
+    session = open_encoder(folder)
     encoded = Tokenizer.load(folder).encode(TEXTS, session.info.max_length)
     return session.logits(encoded.ids, encoded.mask)
 

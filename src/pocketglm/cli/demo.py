@@ -20,7 +20,7 @@ from pocketglm.errors import require
 from pocketglm.model.encoder import init_encoder
 from pocketglm.model.hf import save_encoder
 from pocketglm.model.spec import EncoderSpec
-from pocketglm.runtimes import open_session
+from pocketglm.runtimes import open_encoder
 from pocketglm.stages.compress import compress
 from pocketglm.stages.export import export
 from pocketglm.stages.plan import Plan
@@ -174,7 +174,7 @@ def before_after(language: str, proof: ProveResult) -> list[dict[str, Any]]:
 
 
 def _answers(folder: Path, language: str) -> list[dict[str, Any]]:
-    session = open_session(folder, RunOptions())
+    session = open_encoder(folder, RunOptions())
     tokenizer = Tokenizer.load(folder)
     try:
         results = [answer(session, tokenizer, folder, t, 1, None) for t in SENTENCES[language]]

@@ -15,7 +15,7 @@ from pocketglm.artifacts.schemas import RunResult
 from pocketglm.cli._common import Json, MaxLength, Threads, emit
 from pocketglm.contracts import EncoderSession, RunOptions
 from pocketglm.errors import UsageError
-from pocketglm.runtimes import open_session
+from pocketglm.runtimes import open_encoder
 from pocketglm.text.tokenizer import Tokenizer
 
 
@@ -34,7 +34,7 @@ def main(
         text = next(_lines(), None)
     if text is None and json:
         raise UsageError("--json needs one text", 'for example: run PATH "set an alarm" --json')
-    session = open_session(path, RunOptions(threads=threads))
+    session = open_encoder(path, RunOptions(threads=threads))
     tokenizer = Tokenizer.load(path)
     try:
         for line in [text] if text is not None else _lines():

@@ -10,7 +10,8 @@ from pocketglm.artifacts.checkpoint import model_folder
 from pocketglm.artifacts.export import is_export, read_export
 from pocketglm.artifacts.manifest import read_manifest
 from pocketglm.artifacts.schemas import EvalResult, MetricResult
-from pocketglm.contracts import DataOptions, Reporter, RunOptions, Scores, Silent, Task
+from pocketglm.contracts import DataOptions, Reporter, RunOptions, Scores, Session, Silent, Task
+from pocketglm.errors import UsageError
 from pocketglm.eval._run import say_truncated
 from pocketglm.runtimes import open_session
 from pocketglm.text.tokenizer import Tokenizer
@@ -39,9 +40,10 @@ def evaluate(
     spec: Task = registry.load("eval", task)
     session = open_session(path, options or RunOptions())
     try:
+        _check_kind(path, task, spec, session)
         tokenizer = Tokenizer.load(path)
         data = held_out(path, data, reporter)
-        scores = spec.score(session, tokenizer, data, max_length, reporter)
+        scores = spec.score(path, session, tokenizer, data, max_length, reporter)
     finally:
         session.close()
     say_truncated(scores.truncated, reporter)
@@ -54,6 +56,16 @@ def evaluate(
         metrics=metric_results(scores),
         truncated=scores.truncated,
     )
+
+
+def _check_kind(path: Path, task: str, spec: Task, session: Session) -> None:
+    if session.info.kind != spec.kind:
+        able = [n for n in registry.names("eval") if registry.load("eval", n).kind != spec.kind]
+        raise UsageError(
+            f"{path} is a model of kind {session.info.kind}, the task '{task}' is for kind "
+            f"{spec.kind}",
+            f"tasks for it: {', '.join(able)}",
+        )
 
 
 def held_out(path: Path, data: DataOptions, reporter: Reporter | None = None) -> DataOptions:

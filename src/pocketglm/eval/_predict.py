@@ -17,7 +17,7 @@ from pocketglm.contracts import EncoderSession, Reporter, RunOptions, Silent
 from pocketglm.data.readers import read_texts
 from pocketglm.errors import OutputExistsError, UsageError
 from pocketglm.eval._run import outputs_of, say_truncated, softmax
-from pocketglm.runtimes import open_session
+from pocketglm.runtimes import open_encoder
 from pocketglm.text.tokenizer import Tokenizer
 
 _WINDOW = 1024  # texts that are labelled and written at a time
@@ -49,7 +49,7 @@ def predict(
     """
     if out is not None:
         _check_out(out, force)
-    session = open_session(path, options or RunOptions())
+    session = open_encoder(path, options or RunOptions())
     try:
         if not session.info.labels:
             raise UsageError(

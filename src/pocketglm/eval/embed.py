@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ _QUERIES = 512  # queries compared at a time, to bound the memory
 
 
 def score(
+    folder: Path,
     session: EncoderSession,
     tokenizer: Tokenizer,
     options: DataOptions,

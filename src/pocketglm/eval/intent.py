@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ from pocketglm.text.tokenizer import Tokenizer
 
 
 def score(
+    folder: Path,
     session: EncoderSession,
     tokenizer: Tokenizer,
     options: DataOptions,

@@ -28,7 +28,7 @@ import numpy as np
 from pocketglm.artifacts.checkpoint import read_json
 from pocketglm.contracts import EncoderSession, Ids, RunOptions
 from pocketglm.errors import InputError, MissingExtraError, PocketError, UsageError, WorkError
-from pocketglm.runtimes import open_session
+from pocketglm.runtimes import open_encoder
 
 
 def peak_rss() -> int:
@@ -71,7 +71,7 @@ def serve(path: Path, batch: int, tokens: int, threads: int | None, answers: IO[
         answers.flush()
 
     start = time.perf_counter()
-    session = open_session(path, RunOptions(threads=threads))
+    session = open_encoder(path, RunOptions(threads=threads))
     load = (time.perf_counter() - start) * 1e3
     if tokens > session.info.max_length:
         raise UsageError(

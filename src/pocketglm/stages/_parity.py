@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from pocketglm import registry
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.export import ExportManifest, Parity
-from pocketglm.contracts import Floats, Ids, Reporter, RunOptions, Runtime, Target
+from pocketglm.contracts import Floats, Ids, Reporter, RunOptions, Target
 from pocketglm.errors import ParityError
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import load_encoder
+from pocketglm.runtimes import open_encoder
 from pocketglm.text.tokenizer import Tokenizer
 
 SAMPLES = (
@@ -90,8 +90,7 @@ def check_parity(
     with torch.inference_mode():
         wanted = np.concatenate([_torch(model, batch).numpy() for batch in batches])
     shipped, plain = (
-        _run(folder, manifest.runtime, batches, RunOptions(optimize=optimize))
-        for optimize in (True, False)
+        _run(folder, batches, RunOptions(optimize=optimize)) for optimize in (True, False)
     )
     return _judge(manifest, wanted, shipped, plain, blocks)
 
@@ -121,7 +120,7 @@ def _compare_blocks(model: Encoder, target: Target, file: Path, batch: _Batch) -
     attend, keep = mask.bool()[:, None, None, :], mask.bool().numpy()
     differences = {}
     x = torch.empty(0)
-    for name, value in found.items():
+    for name, value in found:
         if name == "embeddings":
             wanted = model.embeddings(ids)
         elif name == "head":
@@ -144,9 +143,8 @@ def _compare_blocks(model: Encoder, target: Target, file: Path, batch: _Batch) -
     return differences
 
 
-def _run(folder: Path, runtime_name: str, batches: list[_Batch], options: RunOptions) -> Floats:
-    runtime: Runtime = registry.load("runtimes", runtime_name)
-    session = runtime.open(folder, options)
+def _run(folder: Path, batches: list[_Batch], options: RunOptions) -> Floats:
+    session = open_encoder(folder, options)
     try:
         return np.concatenate([session.logits(batch.ids, batch.mask) for batch in batches])
     finally:

@@ -35,7 +35,7 @@ from pocketglm.eval._evaluate import evaluate, held_out
 from pocketglm.eval.embed import cosine_parity
 from pocketglm.model.hf import labels_of
 from pocketglm.report import card, html, markdown
-from pocketglm.runtimes import open_session
+from pocketglm.runtimes import open_encoder
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.stages import _claims, _device
 from pocketglm.stages._claims import Builder, Gates
@@ -297,7 +297,7 @@ def _cosines(
     build: Builder, sides: tuple[Side, Side], scores: Scores, job: _Job, reporter: Reporter
 ) -> list[Claim]:
     texts = list(scores.texts)[:_COSINE_TEXTS]
-    a, b = (open_session(side.path, job.run) for side in sides)
+    a, b = (open_encoder(side.path, job.run) for side in sides)
     try:
         tokenizer = Tokenizer.load(sides[0].path)
         values = cosine_parity(a, b, tokenizer, texts, job.max_length, reporter)

@@ -17,7 +17,7 @@ from pocketglm.contracts import Floats, Ids
 _HEADS = ("logits", "sentence_embedding")
 
 
-def float_blocks(file: Path, ids: Ids, mask: Ids) -> dict[str, Floats]:
+def float_blocks(file: Path, ids: Ids, mask: Ids) -> list[tuple[str, Floats]]:
     """ids, mask [B, S] -> values after `embeddings` and each `block.I` [B, S, H]; `head` [B, C]."""
     model = onnx.load(str(file))
     named = [output for node in model.graph.node for output in node.output]
@@ -37,7 +37,7 @@ def float_blocks(file: Path, ids: Ids, mask: Ids) -> dict[str, Floats]:
     )
     head = next(output.name for output in model.graph.output if output.name in _HEADS)
     values = session.run([*ends, head], {"input_ids": ids, "attention_mask": mask})
-    return dict(zip([*ends, "head"], values, strict=True))
+    return list(zip([*ends, "head"], values, strict=True))
 
 
 def _in_float(node: NodeProto) -> list[NodeProto]:
