@@ -2,7 +2,9 @@
 
 The rule: the scale is a bf16 value in [2^-14, 65280], fixed first; then the integers, nearest, ties
 to even. Plain maximum: the smallest range that clips nothing. Search: the scale with the smallest
-squared error among range / divisor. `bug` plants a known mistake, to show that tests see it.
+squared error among that one, range / divisor for some divisors that clip, then (4 bits) multiples
+of the best of these, in two rounds, then range / whole number (4 bits: if the first 8 values are
+within 1/128 of multiples of one of those). `bug` plants a known mistake, to show that tests see it.
 """
 
 from __future__ import annotations
@@ -35,13 +37,18 @@ def canonical(scale: float, bug: str = "") -> float:
     return min(max(bf16(scale, bug), floor), 65280.0)
 
 
-def divisors(bits: int, symmetric: bool) -> list[float]:
-    """What the range is divided by when a scale is searched."""
+def rounds(bits: int, symmetric: bool) -> tuple[list[float], list[list[float]], list[float]]:
+    """Searched: divisors of the range; factors of the best so far, by round; divisors again."""
     most = {(8, True): 127, (4, True): 7, (8, False): 255, (4, False): 15}[bits, symmetric]
     if bits == 8:
-        return [*range(most - 3, most + 1), *(most * (1 + 0.05 * i) for i in range(1, 9))]
-    clipping = [most * (1 + 0.65 * i / 32) for i in range(1, 33)]
-    return [*range(1, most + 1), *clipping, *([8.0] if symmetric else [])]
+        clipping = [most * (1 + 0.05 * i) for i in range(1, 9)]
+        return clipping, [], [float(n) for n in range(most - 3, most + 1)]
+    clipping = [most * factor for factor in (1.17, 1.34)]
+    return (
+        clipping,
+        [[137 / 128, 119 / 128], [131 / 128, 125 / 128]],
+        [float(n) for n in range(1, most + 1)],
+    )
 
 
 def quantize_group(
@@ -54,25 +61,35 @@ def quantize_group(
         plain, span = max(high / top, low / bottom), max(high, -low)
     else:
         plain, span = (high - low) / (top - bottom), high - low
-    raw = [plain]
-    if search:
-        raw += [span / divisor for divisor in divisors(bits, symmetric)]
     best: tuple[float, Array, float, int] | None = None
-    for unrounded in raw:
-        scale = canonical(unrounded, bug)
-        with np.errstate(all="ignore"):
-            zero = 0
-            if not symmetric:
-                middle = (bottom + top) / 2 - (low + high) / 2 / scale
-                zero = int(np.clip(np.round(middle), bottom, top)) + (bug == "shifted_zero")
-            ratio = w / (unrounded if bug == "late_scale" else scale)
-            q = np.trunc(ratio + np.sign(ratio) / 2) if bug == "away" else np.round(ratio)
-            q = np.clip(q, bottom, top) + zero if bug == "clip_order" else q + zero
-            q = q if bug == "clip_order" else np.clip(q, bottom, top)
-            error = float(np.square((q - zero) * scale - w).sum())
-        if best is None or error < best[0]:
-            best = (error, q, scale, zero)
+
+    def consider(raw: list[float]) -> None:
+        nonlocal best
+        for unrounded in raw:
+            scale = canonical(unrounded, bug)
+            with np.errstate(all="ignore"):
+                zero = 0
+                if not symmetric:
+                    middle = (bottom + top) / 2 - (low + high) / 2 / scale
+                    zero = int(np.clip(np.round(middle), bottom, top)) + (bug == "shifted_zero")
+                ratio = w / (unrounded if bug == "late_scale" else scale)
+                q = np.trunc(ratio + np.sign(ratio) / 2) if bug == "away" else np.round(ratio)
+                q = np.clip(q, bottom, top) + zero if bug == "clip_order" else q + zero
+                q = q if bug == "clip_order" else np.clip(q, bottom, top)
+                error = float(np.square((q - zero) * scale - w).sum())
+            if best is None or error < best[0]:
+                best = (error, q, scale, zero)
+
+    consider([plain])
     assert best is not None
+    if search:
+        clipping, fine, whole = rounds(bits, symmetric)
+        consider([span / divisor for divisor in clipping])
+        for factors in fine:
+            consider([best[2] * factor for factor in factors])
+        off = [np.abs(w[:8] * n / max(span, 2.0**-14) % 1 - 0.5).min() for n in whole]
+        if bits == 8 or max(off) >= 0.5 - 1 / 128:
+            consider([span / divisor for divisor in whole])
     return best[1], best[2], best[3]
 
 

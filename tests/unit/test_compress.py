@@ -31,8 +31,7 @@ from pocketglm.errors import (
 from pocketglm.model.hf import load_encoder
 from pocketglm.ops.affine import dequantize, quantize
 from pocketglm.ops.stored import read_weight
-from pocketglm.stages import _cache
-from pocketglm.stages import compress as stage
+from pocketglm.stages import _cache, _step
 from pocketglm.stages.compress import compress
 from pocketglm.stages.plan import Plan
 
@@ -149,7 +148,7 @@ def test_bytes_do_not_depend_on_the_chunk(
 ) -> None:
     plan = Plan.single("quantize_rtn", {**settings, "skip": ["*.layer.1.*"]})
     compress(source, plan, tmp_path / "whole", cache=tmp_path / "c1")
-    monkeypatch.setattr(stage, "CHUNK", chunk)
+    monkeypatch.setattr(_step, "CHUNK", chunk)
     compress(source, plan, tmp_path / "chunks", cache=tmp_path / "c2")
     assert files(tmp_path / "whole") == files(tmp_path / "chunks")
 
@@ -280,14 +279,14 @@ def test_edited_numeric_code_makes_a_step_new(
     run(source, tmp_path / "a")
     package = tmp_path / "package"
     for part in ("ops", "methods"):
-        shutil.copytree(stage._PACKAGE / part, package / part)
-    monkeypatch.setattr(stage, "_PACKAGE", package)
+        shutil.copytree(_step._PACKAGE / part, package / part)
+    monkeypatch.setattr(_step, "_PACKAGE", package)
     for reused in (True, False):
-        stage._code.cache_clear()
+        _step._code.cache_clear()
         assert run(source, tmp_path / str(reused)).steps[0].reused is reused
         with (package / edit).open("a") as file:
             file.write("# edited\n")
-    stage._code.cache_clear()
+    _step._code.cache_clear()
 
 
 def test_a_cache_entry_that_lost_most_of_its_files_is_built_again(

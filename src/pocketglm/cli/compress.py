@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pocketglm.cli._common import Force, Json, Out, Progressive, emit, megabytes, table
+from pocketglm.cli._common import Force, Json, MaxMemory, Out, Progressive, emit, megabytes, table
 from pocketglm.errors import UsageError
+from pocketglm.stages._memory import parse_size
 from pocketglm.stages.compress import compress
 from pocketglm.stages.plan import Plan
 
@@ -28,13 +29,23 @@ def main(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the sizes that would result; write nothing.")
     ] = False,
+    max_memory: MaxMemory = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Run a plan, or one --method, on CHECKPOINT and write the result to OUT."""
     steps = _plan(plan, method, set or [])
+    limit = parse_size(max_memory)
     with Progressive() as reporter:
-        result = compress(checkpoint, steps, out, force=force, dry_run=dry_run, reporter=reporter)
+        result = compress(
+            checkpoint,
+            steps,
+            out,
+            force=force,
+            dry_run=dry_run,
+            max_memory=limit,
+            reporter=reporter,
+        )
 
     def words() -> None:
         rows = [

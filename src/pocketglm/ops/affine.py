@@ -7,13 +7,16 @@ bf16, fp16 and float32 all hold it exactly, and it is fixed before the integers 
 integers are the nearest ones (ties to even) for the scale that is stored, not for its unrounded
 ancestor.
 
-The scale is searched (squared error over a grid of divisors, which holds the plain maximum) as in
-"Post training 4-bit quantization of convolutional networks" (Banner et al., NeurIPS 2019), here
-by plain enumeration. Only element-wise float32 operations decide, so the result does not depend
-on how rows are batched, on the number of threads, or on the machine.
+The scale is searched for the least squared error, as in "Post training 4-bit quantization of
+convolutional networks" (Banner et al., NeurIPS 2019), here by enumeration, coarse to fine; the
+candidates are in `_search`. Their mean squared error is within 0.5 % of that of 41 evenly spaced
+ones. Only element-wise float32 operations decide, so the result does not depend on how rows are
+batched, on the number of threads, or on the machine.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
@@ -24,6 +27,14 @@ SCALE_MIN = 2.0**-14  # fp16's smallest normal number
 SCALE_MAX = 65280.0  # the largest bf16 value below fp16's maximum, 65504
 GROUP_SIZES = (32, 64, 128)
 _CHUNK = 1 << 18  # elements that the search works on at a time: they stay in the cache
+# Scales to try, by bits. The range is divided by levels * factor: clips the more, the greater.
+_CLIPPING = {
+    4: (1.17, 1.34),
+    8: (1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35, 1.4),
+}
+# Then, by round: the best so far times 1 + and 1 - this (the products are exact).
+_FINE = {4: (9 / 128, 3 / 128), 8: ()}
+_SAMPLE, _NEAR = 8, 1 / 128  # a group may be on a grid if so many values are so near to it
 
 
 def limits(scheme: TensorScheme) -> tuple[int, int]:
@@ -102,10 +113,11 @@ def dequantize(
     scheme: TensorScheme,
 ) -> torch.Tensor:
     """q int8 [N, K], scales [N, G], zero points int8 [N, G] -> float32 [N, K], exactly."""
-    w = _grouped(q.float(), scheme)
+    w = _grouped(q.to(torch.float32, copy=True), scheme)
     if zero_points is not None:
-        w = w - zero_points.unsqueeze(-1)
-    return (w * scales.float().unsqueeze(-1)).reshape(q.shape)
+        w -= zero_points.unsqueeze(-1)
+    w *= scales.float().unsqueeze(-1)
+    return w.reshape(q.shape)
 
 
 def canonical(scales: torch.Tensor) -> torch.Tensor:
@@ -122,50 +134,97 @@ def _grouped(weight: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
 def _choose(
     w: torch.Tensor, scheme: TensorScheme, search: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best scale and zero point [N, G] of w [N, G, K / G]; a tie keeps the earlier candidate."""
-    w = w.permute(2, 0, 1).contiguous()  # groups innermost: their scales are read in a row
+    """Scale and zero point [N, G] of w [N, G, K / G]."""
+    shape = w.shape[:2]
+    w = w.flatten(0, 1).T.contiguous()  # groups innermost: their scales are read in a row
     low, high = w.amin(0).clamp_(max=0), w.amax(0).clamp_(min=0)
-    candidates = _candidates(low, high, scheme, search)
-    best_scale = canonical(candidates[0])
-    best_zero = _zero_point(low, high, best_scale, scheme)
-    if not search:
-        return best_scale, best_zero
-    best_error = _error(w, best_scale, best_zero, scheme)
-    for candidate in candidates[1:]:
-        scale = canonical(candidate)
-        zero = _zero_point(low, high, scale, scheme)
-        error = _error(w, scale, zero, scheme)
-        better = error < best_error
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-        best_error = torch.where(better, error, best_error)
-    return best_scale, best_zero
-
-
-def _candidates(
-    low: torch.Tensor, high: torch.Tensor, scheme: TensorScheme, search: bool
-) -> list[torch.Tensor]:
-    """Scales to try; first the plain maximum, the smallest scale that clips nothing.
-
-    The others are the range over a divisor. Whole divisors up to the number of levels bring a
-    weight that is on a grid already back to it (INT8: rounding the scale to bf16 moves the top
-    integer by one or two at most); larger ones clip. For INT4, max/8 is among them: it is the
-    better choice where the side that can reach -8 is the longer one.
-    """
     bottom, top = limits(scheme)
-    levels = top - bottom
     if scheme.symmetric:
-        span, plain, most = torch.maximum(-low, high), torch.maximum(low / bottom, high / top), top
+        span, plain = torch.maximum(-low, high), torch.maximum(low / bottom, high / top)
     else:
-        span, plain, most = high - low, (high - low) / levels, levels
-    if not search:
-        return [plain]
-    whole = range(1, most + 1) if scheme.bits == 4 else range(most - 3, most + 1)
-    steps, deepest = (32, 0.65) if scheme.bits == 4 else (8, 0.4)
-    clipping = [most * (1 + deepest * i / steps) for i in range(1, steps + 1)]
-    if scheme.symmetric and scheme.bits == 4:
-        clipping.append(8.0)
-    return [plain, *(span / divisor for divisor in (*whole, *clipping))]
+        span, plain = high - low, (high - low) / (top - bottom)
+    best = _Best(w, low, high, scheme, canonical(plain))
+    if search:
+        _search(best, span)
+    return best.scale.reshape(shape), _zero_point(low, high, best.scale, scheme).reshape(shape)
+
+
+def _search(best: _Best, span: torch.Tensor) -> None:
+    """Improve the plain maximum, the smallest scale that clips nothing; `span` [M] is the range.
+
+    Tried are the range over some divisors that clip; then, by round, multiples of the best so far;
+    and the range over whole numbers, which brings a weight that is on a grid already back to it
+    (INT8: rounding the scale to bf16 moves the top integer by one or two at most). INT4 has many of
+    these, so there only groups that may lie on such a grid are tried.
+    """
+    bottom, top = limits(best.scheme)
+    bits, levels = best.scheme.bits, top if best.scheme.symmetric else top - bottom
+    best.consider(best.scale)
+    best.consider(*(span / (levels * factor) for factor in _CLIPPING[bits]))
+    for step in _FINE[bits]:
+        best.consider(best.scale * (1 + step), best.scale * (1 - step))
+    if bits == 8:
+        best.consider(*(span / divisor for divisor in range(levels - 3, levels + 1)))
+        return
+    whole = torch.arange(1, levels + 1).unsqueeze(1)
+    regular = _on_grid(best.w[:1], span, whole).nonzero().squeeze(-1)
+    regular = regular[_on_grid(best.w[:_SAMPLE, regular], span[regular], whole)]
+    if len(regular):
+        few = best.part(regular)
+        few.consider(*(span[regular] / whole))
+        best.scale[regular] = few.scale
+
+
+def _on_grid(w: torch.Tensor, span: torch.Tensor, divisors: torch.Tensor) -> torch.Tensor:
+    """Which groups [M] of w [K, M] seem to be whole multiples of span / one of the divisors."""
+    r = (w / span.clamp(min=SCALE_MIN)).unsqueeze(1) * divisors
+    return r.sub_(r.round()).abs_().amax(0).amin(0) <= _NEAR
+
+
+class _Best:
+    """The best scale so far [M] of each group of w [K / G, M], and its squared error."""
+
+    def __init__(
+        self,
+        w: torch.Tensor,
+        low: torch.Tensor,
+        high: torch.Tensor,
+        scheme: TensorScheme,
+        scale: torch.Tensor,
+    ) -> None:
+        self.w, self.low, self.high, self.scheme, self.scale = w, low, high, scheme, scale
+        self.error = torch.full_like(scale, torch.inf)
+        self._q = torch.empty_like(w)  # spares an allocation per pass
+        self._halves = list(_halves(self._q))
+
+    def part(self, index: torch.Tensor) -> _Best:
+        """The same for groups `index` alone."""
+        few = _Best(
+            self.w[:, index], self.low[index], self.high[index], self.scheme, self.scale[index]
+        )
+        few.error = self.error[index]
+        return few
+
+    def consider(self, *scales: torch.Tensor) -> None:
+        """Take each of `scales` [M] where its error is smaller; a tie keeps the earlier one."""
+        for scale in canonical(torch.stack(scales)):
+            error = self._error(scale)
+            self.scale = torch.where(error < self.error, scale, self.scale)
+            self.error = torch.minimum(error, self.error)
+
+    def _error(self, scale: torch.Tensor) -> torch.Tensor:
+        """Squared error [M] after quantization; valid until the next call."""
+        bottom, top = limits(self.scheme)
+        q = torch.mul(self.w, 1 / scale, out=self._q).round_()
+        if self.scheme.symmetric:
+            q.clamp_(bottom, top)
+        else:  # clamping q - zero to shifted limits is clamping q
+            zero = _zero_point(self.low, self.high, scale, self.scheme)
+            torch.clamp(q, bottom - zero, top - zero, out=q)
+        torch.addcmul(self.w, q, scale, value=-1, out=q).square_()
+        for half, other in self._halves:
+            half += other
+        return q[0]
 
 
 def _zero_point(
@@ -178,22 +237,13 @@ def _zero_point(
     return ((bottom + top) / 2 - (low + high) / 2 / scale).round_().clamp_(bottom, top)
 
 
-def _error(
-    w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, scheme: TensorScheme
-) -> torch.Tensor:
-    """Squared error [N, G] of w [K / G, N, G] after quantization."""
-    bottom, top = limits(scheme)
-    q = (w / scale).round_()
-    # Clamping q - zero to shifted limits is clamping q, with two passes less.
-    q = q.clamp_(bottom, top) if scheme.symmetric else q.clamp_(bottom - zero, top - zero)
-    return _sum(q.mul_(scale).sub_(w).square_())
+def _halves(x: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Parts of `x` that, added one to the other in turn, leave the sum over the first axis in x[0].
 
-
-def _sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum over the first axis by halving: one fixed order, unlike torch.sum."""
+    One fixed order, unlike torch.sum.
+    """
     while (n := len(x)) > 1:
-        folded = x[: n // 2] + x[n // 2 : n // 2 * 2]
+        yield x[: n // 2], x[n // 2 : n // 2 * 2]
         if n % 2:
-            folded[0] += x[-1]
-        x = folded
-    return x[0]
+            yield x[0], x[-1]
+        x = x[: n // 2]

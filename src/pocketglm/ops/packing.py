@@ -15,6 +15,10 @@ import numpy.typing as npt
 import torch
 
 UInt8 = npt.NDArray[np.uint8]
+_BYTE = np.arange(256, dtype=np.int16)
+# Byte -> its two INT4 values, as one 16-bit word.
+_PAIRS = np.stack([_BYTE & 15, _BYTE >> 4], axis=-1).astype(np.int8) - np.int8(8)
+_PAIRS = _PAIRS.view(np.int16).reshape(256)
 
 
 def pack_int32(q: torch.Tensor) -> npt.NDArray[np.int32]:
@@ -26,8 +30,9 @@ def pack_int32(q: torch.Tensor) -> npt.NDArray[np.int32]:
 def unpack_int32(packed: npt.NDArray[Any], columns: int) -> torch.Tensor:
     """Inverse of `pack_int32`: int32 [N, words] -> int8 [N, columns]."""
     pairs = np.ascontiguousarray(packed).astype("<i4", copy=False).view(np.uint8)
-    values = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(packed), -1)
-    return torch.from_numpy(values[:, :columns].astype(np.int8) - np.int8(8))
+    # By a table, a byte to two values at once.
+    values = _PAIRS[pairs].view(np.int8).reshape(len(packed), -1)
+    return torch.from_numpy(np.ascontiguousarray(values[:, :columns]))
 
 
 def pack_rows(values: torch.Tensor, bits: int) -> UInt8:
@@ -47,7 +52,8 @@ def pack_blocks(q: torch.Tensor, bits: int, block: int) -> UInt8:
 
 
 def _unsigned(q: torch.Tensor, bits: int) -> UInt8:
-    return np.asarray(q.numpy().astype(np.int16) + 2 ** (bits - 1), np.uint8)
+    """Values moved to start from 0, modulo 256: what lies in -2^(bits-1).. comes out right."""
+    return np.add(q.contiguous().numpy().view(np.uint8), np.uint8(2 ** (bits - 1)))
 
 
 def _pad(values: UInt8, multiple: int, fill: int) -> UInt8:
@@ -57,4 +63,6 @@ def _pad(values: UInt8, multiple: int, fill: int) -> UInt8:
 
 def _nibbles(values: UInt8) -> UInt8:
     """[N, even] values of 4 bits -> [N, half] bytes, the first value in the low nibble."""
-    return np.ascontiguousarray(values[:, 0::2] | (values[:, 1::2] << 4))
+    pairs = np.ascontiguousarray(values).view("<u2")
+    halves: UInt8 = (pairs | pairs >> 4).astype(np.uint8)  # which keeps the low byte
+    return halves

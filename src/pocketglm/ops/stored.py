@@ -109,8 +109,10 @@ def store(
     return arrays | {f"{name}_shape": np.array(q.shape, np.int64)}
 
 
-def read_quantized(ckpt: Checkpoint, name: str) -> Quantized:
-    """The integers of weight `name`.
+def read_quantized(
+    ckpt: Checkpoint, name: str, start: int = 0, stop: int | None = None
+) -> Quantized:
+    """The integers of rows `start:stop` of weight `name`; `start` is a multiple of 8.
 
     Raises:
         CheckpointError: it is not quantized, or its tensors are missing or have other shapes than
@@ -129,31 +131,59 @@ def read_quantized(ckpt: Checkpoint, name: str) -> Quantized:
                 + (f"it is {found[0]} {list(found[1])}" if found else "it is missing"),
                 "the folder is from another version or incomplete: compress the model again",
             )
-    rows, columns = shape
-    scales = as_tensor(ckpt.read(f"{name}_scale")).float()
-    zero_points = None if scheme.symmetric else ckpt.read(f"{name}_zero_point")
+    if start % 8:
+        raise ValueError(f"rows are packed by 8, the first is {start}")
+    stop = shape[0] if stop is None else min(stop, shape[0])
+    scales = as_tensor(ckpt.read(f"{name}_scale", start, stop)).float()
+    zero = None if scheme.symmetric else _zero_points(ckpt, name, scheme, start, stop)
     if scheme.bits == 8:
-        zero = None if zero_points is None else as_tensor(zero_points)
-        return Quantized(as_tensor(ckpt.read(name)), scales, zero, scheme)
-    zero = None if zero_points is None else unpack_int32(zero_points.T, rows).T.contiguous()
-    return Quantized(unpack_int32(ckpt.read(f"{name}_packed"), columns), scales, zero, scheme)
+        return Quantized(as_tensor(ckpt.read(name, start, stop)), scales, zero, scheme)
+    packed = ckpt.read(f"{name}_packed", start, stop)
+    return Quantized(unpack_int32(packed, shape[1]), scales, zero, scheme)
 
 
-def read_weight(ckpt: Checkpoint, name: str) -> torch.Tensor:
-    """Tensor `name` as float32, dequantized if the manifest says that it is quantized.
+def _zero_points(
+    ckpt: Checkpoint, name: str, scheme: TensorScheme, start: int, stop: int
+) -> torch.Tensor:
+    if scheme.bits == 8:
+        return as_tensor(ckpt.read(f"{name}_zero_point", start, stop))
+    words = ckpt.read(f"{name}_zero_point", start // 8, -(-stop // 8))
+    return unpack_int32(words.T, stop - start).T.contiguous()
+
+
+def read_weight(
+    ckpt: Checkpoint, name: str, start: int = 0, stop: int | None = None
+) -> torch.Tensor:
+    """Rows `start:stop` of tensor `name` as float32, dequantized if it is quantized (then `start`
+    is a multiple of 8).
 
     Raises:
         CheckpointError: no such tensor, or integers without a scheme (quantized elsewhere).
     """
     if name in ckpt.manifest.schemes:
-        return read_quantized(ckpt, name).dequantized()
-    array = ckpt.read(name)
+        return read_quantized(ckpt, name, start, stop).dequantized()
+    array = ckpt.read(name, start, stop)
     if ckpt.tensors[name].dtype not in _PRECISIONS:
         raise CheckpointError(
             f"{ckpt.path}: '{name}' is stored as {ckpt.tensors[name].dtype} without a scheme",
             "it was quantized by another tool: start from the model's float weights",
         )
     return as_tensor(array).float()
+
+
+def check_finite(ckpt: Checkpoint, name: str, values: torch.Tensor, start: int = 0) -> None:
+    """Refuse NaN and infinity in rows of tensor `name`, of which `start` is the first.
+
+    Raises:
+        CheckpointError: names the tensor and the first bad row.
+    """
+    if not values.numel() or torch.stack(values.aminmax()).isfinite().all():
+        return
+    bad = (~values.isfinite()).reshape(len(values), -1).any(dim=1).nonzero()
+    raise CheckpointError(
+        f"{ckpt.path}: '{name}' holds NaN or infinity, first in row {start + int(bad[0])}",
+        "the training run diverged or the file is damaged: use an earlier checkpoint",
+    )
 
 
 def precision_of(ckpt: Checkpoint) -> str:
