@@ -20,6 +20,7 @@ from tiny_encoder import VOCAB, quantize_weights, save_tiny, save_tokenizer
 
 import pocketglm.targets
 from pocketglm import registry
+from pocketglm.artifacts import safetensors
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.export import check_files, read_export
 from pocketglm.artifacts.manifest import digest_file
@@ -214,6 +215,19 @@ def test_parity_names_the_block_with_a_changed_weight(
         _parity.check_parity(ckpt, folder, manifest, target, Silent())
 
 
+def test_a_bad_weight_of_an_encoder_is_the_checkpoints_fault(tiny8: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny8, tmp_path / "bad")
+    ckpt = Checkpoint.open(tiny8)
+    arrays = {name: ckpt.read(name) for name in ckpt.tensors}
+    name = next(name for name in arrays if name.endswith("0.output.LayerNorm.bias"))
+    arrays[name][3] = np.nan
+    safetensors.write_file(tmp_path / "bad" / "model.safetensors", arrays.items())
+    (result,) = export(tmp_path / "bad", EXPORT, tmp_path / "out").targets
+    assert result.exit_code == 2
+    assert result.error
+    assert f"'{name}' holds NaN or infinity, first in row 3" in result.error
+
+
 def test_low_agreement_fails_although_no_value_is_far_off(tiny8: Path, tmp_path: Path) -> None:
     export(tiny8, EXPORT, tmp_path / "out")
     manifest = read_export(tmp_path / "out" / "onnx").model_copy(update={"labels": []})
@@ -222,10 +236,10 @@ def test_low_agreement_fails_although_no_value_is_far_off(tiny8: Path, tmp_path:
     found = wanted + noise.uniform(-0.075, 0.075, wanted.shape).astype(np.float32)
     found /= np.linalg.norm(found, axis=1, keepdims=True)
     with pytest.raises(ParityError, match=r"agrees with the checkpoint to 0\.\d+ only"):
-        _parity._judge(manifest, wanted, found, found, {})
-    assert _parity._judge(manifest, wanted, wanted, wanted, {}).output_max_abs == 0
+        _parity.judge(manifest, wanted, found, found, {}, classes=False)
+    assert _parity.judge(manifest, wanted, wanted, wanted, {}, classes=False).output_max_abs == 0
     with pytest.raises(ParityError, match="optimizer on differs from off"):
-        _parity._judge(manifest, wanted, wanted, -wanted, {})
+        _parity.judge(manifest, wanted, wanted, -wanted, {}, classes=False)
 
 
 @pytest.mark.parametrize(
@@ -243,9 +257,9 @@ def test_a_wrong_fusion_is_not_excused_by_int8(
     plain = wanted.copy()
     plain[3, 1] += share
     with pytest.raises(ParityError, match=rf"optimizer on differs from off.*limit.* {limit:.3g} "):
-        _parity._judge(manifest, wanted, wanted, plain, {})
+        _parity.judge(manifest, wanted, wanted, plain, {}, classes=True)
     plain[3, 1] = wanted[3, 1] + 0.4 * share
-    _parity._judge(manifest, wanted, wanted, plain, {})
+    _parity.judge(manifest, wanted, wanted, plain, {}, classes=True)
 
 
 def test_the_optimizer_changes_nothing_in_our_int8_files(tiny8: Path, tmp_path: Path) -> None:

@@ -113,3 +113,11 @@ def test_a_missing_file_is_named(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         check_files(folder, opened)
+
+
+def test_the_folder_above_an_export_names_it(folder: Path) -> None:
+    (folder / "out" / "onnx").mkdir(parents=True)
+    (folder / EXPORT).rename(folder / "out" / "onnx" / EXPORT)
+    with pytest.raises(CheckpointError, match="is not an export") as caught:
+        read_export(folder / "out")
+    assert caught.value.hint == f"use {folder / 'out' / 'onnx'}"

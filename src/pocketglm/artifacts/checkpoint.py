@@ -6,6 +6,7 @@ Never runs code from the folder and never unpickles. Opening reads headers only.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy.typing as npt
 
 from pocketglm.artifacts import safetensors
+from pocketglm.artifacts.export import is_export, read_export
 from pocketglm.artifacts.manifest import MANIFEST, Manifest, digest_files, read_manifest
 from pocketglm.artifacts.safetensors import TensorInfo
 from pocketglm.errors import CheckpointError, UsageError
@@ -37,6 +39,11 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# Repositories that need their own Python code -> the same model in the Hugging Face format.
+_HF_FORMAT = {
+    name: f"zai-org/{name}-hf" for name in ("glm-4-9b", "glm-4-9b-chat", "glm-4-9b-chat-1m")
+}
+_SHOWN = 8  # folders that a message lists
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -61,16 +68,36 @@ def model_folder(path: Path | str) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder
+    if folder.exists() and folder.suffix == ".gguf":
+        raise _gguf_error(f"{folder} is GGUF")
     if folder.exists():
         raise UsageError(f"{folder} is a file, not a model folder", "name the folder it lies in")
     parts = str(path).split("/")
-    if len(parts) == 2 and all(parts) and not str(path).startswith((".", "~")):
+    local = str(path).startswith((".", "~")) or Path(parts[0]).is_dir()
+    if len(parts) == 2 and all(parts) and not local:
         raise UsageError(
             f"{path} is not a folder here, and PocketGLM does not download",
             f"hf download {path} --local-dir {parts[1]}   (pip install huggingface_hub), "
             f"then use ./{parts[1]}",
         )
-    raise UsageError(f"{folder} does not exist", "check the path of the model folder")
+    near = sorted(entry.name for entry in folder.parent.glob("*") if entry.is_dir())[:_SHOWN]
+    listed = f"; {folder.parent} holds {', '.join(near)}" if near else ""
+    raise UsageError(f"{folder} does not exist", f"check the path of the model folder{listed}")
+
+
+def remote_code_hint(folder: Path, config: Mapping[str, Any]) -> str:
+    """Which repository to use instead of one that needs its own Python code."""
+    named = Path(str(config.get("_name_or_path"))).name.lower()
+    twin = _HF_FORMAT.get(named) or _HF_FORMAT.get(folder.name.lower())
+    if twin:
+        return f"use {twin}, the same model in the Hugging Face format"
+    if "glm" in f"{config.get('model_type')} {config.get('architectures')} {named}".lower():
+        return (
+            "use the model's repository in the Hugging Face format, whose name ends in -hf "
+            "(zai-org/glm-4-9b-chat-hf), a later one (zai-org/GLM-4-9B-0414), or GLM-Edge "
+            "(zai-org/glm-edge-1.5b-chat)"
+        )
+    return "use the model's repository in the Hugging Face format (its name often ends in -hf)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +115,14 @@ class Checkpoint:
 
         Raises:
             UsageError: there is no such folder (for a hub id: the download command).
-            CheckpointError: no config, no safetensors, pickle only, remote code, bad shards.
+            CheckpointError: no config, no safetensors, pickle only, remote code, bad shards, an
+                export.
         """
         folder = model_folder(path)
         _refuse_gguf(folder)
+        _refuse_parent(folder)
+        if is_export(folder):
+            raise CheckpointError(f"{folder} is an export, not a checkpoint", _needed(folder))
         config = read_json(folder / "config.json")
         tensors: dict[str, TensorInfo] = {}
         for file in _weight_files(folder, config):
@@ -133,10 +164,43 @@ class Checkpoint:
 def _refuse_gguf(folder: Path) -> None:
     gguf = sorted(folder.glob("*.gguf"))
     if gguf and not any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{folder} holds GGUF only ({gguf[0].name}): an export, already quantized",
-            "start from the model's safetensors: the original repository, without -GGUF",
+        raise _gguf_error(f"{folder} holds GGUF only ({gguf[0].name})")
+
+
+def _gguf_error(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what}: an export, already quantized",
+        "start from the model's safetensors: the original repository, without -GGUF",
+    )
+
+
+def _refuse_parent(folder: Path) -> None:
+    """A folder of models, such as the one that `export --out` was given."""
+    if (folder / "config.json").exists() or is_export(folder):
+        return
+    found = [inside for inside in sorted(folder.glob("*/")) if _is_model(inside)]
+    if found:
+        first = found[0]
+        raise UsageError(
+            f"{folder} is no model folder itself; it holds "
+            + ", ".join(inside.name for inside in found[:_SHOWN]),
+            f"use {first}" + (f"; {_needed(first)}" if is_export(first) else ""),
         )
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or is_export(folder)
+
+
+def _needed(export: Path) -> str:
+    """Which checkpoint an export was made from."""
+    manifest = read_export(export)
+    base = manifest.origin.get("base_model")
+    made = f", made from {base}" if base else ""
+    return (
+        "train, compress and export need the checkpoint that it was exported from: the one of "
+        f"which inspect says sha256 {manifest.checkpoint}{made}"
+    )
 
 
 def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
@@ -158,16 +222,18 @@ def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
             raise CheckpointError(f"{file} is missing", "the folder is incomplete: copy it again")
     if files:
         return files
+    needs_code = "auto_map" in config or any(folder.glob("*.py"))
     pickles = [f.name for pattern in _PICKLES for f in sorted(folder.glob(pattern))]
+    if needs_code or config.get("model_type") == "chatglm":
+        raise CheckpointError(
+            f"{folder} has no *.safetensors file, and needs its own Python code (remote code), "
+            "which PocketGLM does not run",
+            remote_code_hint(folder, config),
+        )
     if pickles:
         raise CheckpointError(
             f"{folder} holds pickled weights only ({pickles[0]}), which can run code when opened",
             "save it as safetensors with its own library: model.save_pretrained(folder)",
-        )
-    if "auto_map" in config or any(folder.glob("*.py")):
-        raise CheckpointError(
-            f"{folder} needs its own Python code (remote code), which PocketGLM does not run",
-            "use the model's repository in the Hugging Face format (its name often ends in -hf)",
         )
     raise CheckpointError(f"{folder} has no *.safetensors file", "is this a model folder?")
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from pocketglm.artifacts.manifest import Step, digest_file
+from pocketglm.artifacts.manifest import CommandGrammar, Step, digest_file
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import Config
 from pocketglm.errors import CheckpointError
@@ -39,12 +39,32 @@ class FileEntry(Config):
     bytes: int
 
 
+class CacheLayout(Config):
+    """A decoder's cache: per layer one tensor of keys and one of values,
+    [batch, kv_heads, tokens, head_dim].
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: Literal["float32"] = "float32"
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * 4 * self.layers * self.kv_heads * self.head_dim
+
+
 class ExportManifest(Config):
     """`kind`: encoder or decoder. `output`: the name of the graph's result.
 
-    `parameters`: bytes of the weights in `model_file` by part: embedding, attention, ffn, ...
-    `max_length`: where texts are cut; the file computes no longer rows. `threads`: to open it with
-    unless the caller says otherwise; None: all usable cores.
+    `parameters`: bytes of the weights in the model file by part: embedding, attention, ffn, ...;
+    `parameter_count`: how many the model has (0: made before this was recorded).
+    `max_length`: of an encoder, where texts are cut; of a decoder, prompt and answer together; the
+    file computes no longer rows. `threads`: to open it with unless the caller says otherwise;
+    None: all usable cores.
+    Of a decoder: `logits`, the positions that it computes logits of ("last" is right for one row at
+    a time only); `eos_ids`, any of which ends a text; `cache`; `command`, what it was trained to
+    parse.
     """
 
     format: Literal[1] = 1
@@ -63,6 +83,11 @@ class ExportManifest(Config):
     vocab_size: int = 0
     activation: str = "none"
     threads: int | None = None
+    logits: Literal["last", "all"] | None = None
+    bos_id: int | None = None
+    eos_ids: list[int] = []
+    cache: CacheLayout | None = None
+    command: CommandGrammar | None = None
     task: str | None = None
     schemes: dict[str, TensorScheme] = {}
     tokenizer_sha256: str
@@ -72,6 +97,7 @@ class ExportManifest(Config):
     origin: dict[str, str] = {}
     lineage: list[Step] = []
     parameters: dict[str, int] = {}
+    parameter_count: int = 0
     parity: Parity
     files: dict[str, FileEntry]
 
@@ -90,9 +116,12 @@ def read_export(folder: Path) -> ExportManifest:
     try:
         return ExportManifest.model_validate_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
+        inside = sorted(found.parent for found in folder.glob(f"*/{EXPORT}"))
         raise CheckpointError(
             f"{folder} is not an export: it has no {EXPORT}",
-            "make one with: pocketglm export CKPT --target onnx --out DIR",
+            f"use {inside[0]}"
+            if inside
+            else "make one with: pocketglm export CKPT --target onnx --out DIR",
         ) from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -31,10 +31,16 @@ class Step(Config):
     effect: dict[str, float] = {}
 
 
+class CommandGrammar(Config):
+    """What a model was trained to parse: each intent with the slots that it may have."""
+
+    intents: dict[str, list[str]]
+
+
 class Manifest(Config):
     """`request` is the digest of the command that made the folder; `task` what it was trained for.
 
-    `origin`: licence and base model, where they are known.
+    `origin`: licence and base model, where they are known. `command`: of a model for commands.
     `schemes` maps weight names (`....weight`) to how they are stored; absent = as they are.
     """
 
@@ -43,6 +49,7 @@ class Manifest(Config):
     task: str | None = None
     max_length: int | None = None
     origin: dict[str, str] = {}
+    command: CommandGrammar | None = None
     lineage: list[Step] = []
     schemes: dict[str, TensorScheme] = {}
 

@@ -12,11 +12,18 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pocketglm.errors import DiskFullError, LockedError, OutputExistsError, UsageError
+from pocketglm.errors import (
+    DiskFullError,
+    FinishedElsewhereError,
+    LockedError,
+    OutputExistsError,
+    UsageError,
+)
 
 REQUEST = ".request"
 _MANIFESTS = ("pocketglm.json", "export.json", "proof.json")
@@ -37,15 +44,17 @@ def request_of(folder: Path) -> str | None:
 def is_done(out: Path, request: str, force: bool, inputs: Sequence[Path] = ()) -> bool:
     """Whether `out` already holds the result of this request.
 
-    `inputs` are the files and folders that the work reads: `out` may not be or hold one of them.
+    `inputs` are the files and folders that the work reads: `out` may not be, hold or lie in one of
+    them.
 
     Raises:
-        UsageError: `out` is, or holds, one of `inputs`.
+        UsageError: `out` is, holds or lies in one of `inputs`, or cannot be created.
         OutputExistsError: it holds something else and `force` is not set; or it is a file, a link
             or a folder that PocketGLM did not write, which `force` does not replace either.
     """
-    _keep_inputs(out, inputs)
+    keep_inputs(out, inputs)
     if not os.path.lexists(out):
+        check_place(out)
         return False
     if out.is_dir() and request_of(out) == request and not force:
         _free_name(out)
@@ -65,8 +74,13 @@ def is_done(out: Path, request: str, force: bool, inputs: Sequence[Path] = ()) -
     return False
 
 
-def _keep_inputs(out: Path, inputs: Sequence[Path]) -> None:
-    """Refuse to write over an input, also at the names beside `out` that are used meanwhile."""
+def keep_inputs(out: Path, inputs: Sequence[Path]) -> None:
+    """Refuse to write over an input, also at the names beside `out` that are used meanwhile, or
+    among the files of one.
+
+    Raises:
+        UsageError: `out` is, holds or lies in one of `inputs`.
+    """
     places = [out.with_name(out.name + end).resolve() for end in ("", ".partial", ".replaced")]
     for path in inputs:
         source = path.resolve()
@@ -75,6 +89,30 @@ def _keep_inputs(out: Path, inputs: Sequence[Path]) -> None:
                 f"--out {out} would overwrite {path}, which this command reads",
                 "choose another --out",
             )
+        if source in places[0].parents:
+            raise UsageError(
+                f"--out {out} lies in {path}, which this command reads",
+                f"choose an --out beside it, such as {source.with_name(f'{source.name}-out')}",
+            )
+
+
+def check_place(out: Path) -> None:
+    """Try whether something can be created where `out` will lie; nothing stays.
+
+    Raises:
+        UsageError: it cannot.
+        DiskFullError: no space left.
+    """
+    place = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
+    if not place.is_dir():
+        raise UsageError(f"--out {out}: {place} is a file, not a folder", "choose another --out")
+    with disk_errors(out):
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".pocketglm-", dir=place))
+        except FileNotFoundError as error:  # as /proc and the like answer
+            raise UsageError(
+                f"--out {out}: nothing can be created in {place}", "choose another --out"
+            ) from error
 
 
 def _is_ours(folder: Path) -> bool:
@@ -95,31 +133,35 @@ def output_folder(
 
     The body writes its files there, finding what an interrupted run of the same request left.
     The body's manifest must record `request`. On an error the partial folder stays for a resume
-    if the body left something besides the marker, else it is removed.
+    if the body left something besides the marker, else it is removed, and so are the folders above
+    it that this call has made.
 
     `inputs` as in `is_done`. `owned`: `out` lies in a folder of PocketGLM's own (the step cache),
     where anything of this name may be replaced.
 
     Raises:
         LockedError: another process is writing the same output.
+        FinishedElsewhereError: it has finished since `is_done` was asked; ask again.
         UsageError, OutputExistsError: as `is_done`; also if unfinished work of another request is
             there and `force` is not set, or files that PocketGLM did not write.
         DiskFullError: no space left.
     """
     if out.name in ("", ".."):
         raise UsageError(f"'{out}' cannot be an output folder", "give --out a new folder's name")
-    _keep_inputs(out, inputs)
+    keep_inputs(out, inputs)
     partial = out.with_name(out.name + ".partial")
+    missing = [folder for folder in out.parents if not folder.exists()]
     with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
         handle = _lock(partial)
         try:
-            if not owned:
-                is_done(out, request, force, inputs)  # another writer may have finished since
+            if not owned and is_done(out, request, force, inputs):
+                raise FinishedElsewhereError(
+                    f"another process has just finished {out}", "run the same command to see it"
+                )
             _claim(partial, request, force or owned)
             yield partial
         except BaseException:
-            _drop_if_empty(partial)
+            _drop_if_empty(partial, missing)
             raise
         else:
             _commit(partial, out)
@@ -130,7 +172,7 @@ def output_folder(
 def _lock(partial: Path) -> int:
     """An fd that holds the lock of the folder that `partial` names now."""
     while True:
-        partial.mkdir(exist_ok=True)
+        partial.mkdir(parents=True, exist_ok=True)
         # Another writer may finish, and rename the folder, between any two of these lines.
         with suppress(FileNotFoundError):
             handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
@@ -183,9 +225,13 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _drop_if_empty(partial: Path) -> None:
-    if all(entry.name == REQUEST for entry in partial.iterdir()):
-        shutil.rmtree(partial)
+def _drop_if_empty(partial: Path, above: Sequence[Path]) -> None:
+    if any(entry.name != REQUEST for entry in partial.iterdir()):
+        return
+    shutil.rmtree(partial)
+    with suppress(OSError):  # another output lies there by now
+        for folder in above:
+            folder.rmdir()
 
 
 def _commit(partial: Path, out: Path) -> None:

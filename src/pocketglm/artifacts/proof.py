@@ -25,6 +25,7 @@ class Claim(Config):
     low, high, n:
     * drops, mean cosine: 95 % bootstrap interval over the n rows that count in both models; where
       no row differs the rule of three, 3/n. Changed predictions: 95 % Wilson interval, n rows.
+    * perplexity, divergence, changed next tokens: of n tokens, 95 % bootstrap interval over texts.
     * speedup, latency: 95 % interval of the median over the n rounds; memory, load time: of the
       median over n fresh processes.
     * sizes, worst cosine: exact, low = high = value; n = 1, or the n texts.

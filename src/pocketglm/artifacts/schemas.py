@@ -11,19 +11,22 @@ from pocketglm.contracts import Config
 
 
 class MetricResult(Config):
-    """A fraction in 0..1 (or a stated unit) over `n` rows, with its 95 % interval."""
+    """A fraction in 0..1 (or another unit) over `n` rows (or tokens), with its 95 % interval."""
 
     value: float
     n: int
     low: float
     high: float
+    unit: str = "fraction"
 
 
 class InspectResult(Config):
     """`parts` are bytes by embedding / attention / ffn / head / other; see `opens_in`.
 
     A decoder's `head` is "lm" or "tied lm" (the head is the embedding); `kv_bytes_per_token` is
-    that of its cache in fp16.
+    that of its cache: a checkpoint's in fp16, an export's as its file keeps it. `logits`: the
+    positions that an export computes logits of. `command`: intents with their slots, of a model
+    that was trained for commands. `notes`: what a user should know, one sentence each.
     """
 
     path: str
@@ -39,6 +42,8 @@ class InspectResult(Config):
     head_dim: int | None = None
     kv_bytes_per_token: int | None = None
     eos_ids: list[int] = []
+    logits: Literal["last", "all"] | None = None
+    command: dict[str, list[str]] | None = None
     vocab_size: int | None = None
     max_length: int | None = None
     pooling: str = ""
@@ -47,6 +52,7 @@ class InspectResult(Config):
     parts: dict[str, int] = {}
     schemes: dict[str, int] = {}
     opens_in: dict[str, str] = {}
+    notes: list[str] = []
     digest: str = ""
     lineage: list[Step] = []
     export: dict[str, Any] | None = None
@@ -92,19 +98,27 @@ class InitResult(Config):
 
 
 class TrainResult(Config):
+    """`parameters`: of the model and its adapters while it trained; `trained_parameters`: of those,
+    the ones that learned.
+    """
+
     out: str
     already_done: bool = False
     task: str
     epochs: float
     steps: int
     best_epoch: int
+    parameters: int
+    trained_parameters: int
     validation: dict[str, MetricResult]
     loss_plot: str
     seconds: float
 
 
 class EvalResult(Config):
-    """`truncated`: share of the texts that were cut to the length limit."""
+    """`truncated`: share of the texts that were cut to the length limit. `baseline`: the model that
+    it was compared with. `notes`: how it was measured.
+    """
 
     path: str
     task: str
@@ -113,6 +127,8 @@ class EvalResult(Config):
     primary: str
     metrics: dict[str, MetricResult]
     truncated: float = 0.0
+    baseline: str | None = None
+    notes: list[str] = []
 
 
 class PredictResult(Config):
@@ -147,6 +163,8 @@ class CompressResult(Config):
 
 
 class TargetResult(Config):
+    """`error` says what was wrong, `hint` what to do next."""
+
     target: str
     ok: bool
     out: str | None = None
@@ -155,6 +173,7 @@ class TargetResult(Config):
     bytes: int = 0
     parity: Parity | None = None
     error: str | None = None
+    hint: str = ""
     exit_code: int = 0
 
 
@@ -164,6 +183,13 @@ class ExportResult(Config):
 
 
 class RunResult(Config):
+    """`text` is the input. Of an encoder `label`, `score`, `top`, or `embedding`.
+
+    Of a decoder `answer`; `finish` says what ended it: "stop" (end of text), "length"
+    (--max-new-tokens) or "context" (the cache is full). A command model's answer is `action`, with
+    `intent` and `slots` ({"name": ..., "value": ...}, in the order of the text).
+    """
+
     path: str
     runtime: str
     text: str
@@ -171,13 +197,28 @@ class RunResult(Config):
     score: float | None = None
     top: list[dict[str, Any]] = []
     embedding: list[float] | None = None
+    answer: str | None = None
+    intent: str | None = None
+    slots: list[dict[str, str]] | None = None
+    action: str | None = None
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    finish: Literal["stop", "length", "context"] | None = None
+    prefill_per_second: float | None = None
+    decode_per_second: float | None = None
+    first_token_ms: float | None = None
     milliseconds: float
 
 
 class BenchResult(Config):
     """Latencies in milliseconds, memory in bytes (peak RSS of a fresh process).
 
-    The p50 of the first and the last third is told under sustained load (`--duration`) only.
+    Of an encoder: `p50_ms`, `p99_ms` and `mean_ms` are of one call with `batch` texts of `tokens`,
+    `per_second` counts texts. Of a decoder: they are of one new token, `per_second` counts new
+    tokens; `prefill_ms` (p50) and `prefill_per_second` are of a prompt of `tokens`. The
+    `new_tokens` were decoded behind it, so at `tokens` to `tokens + new_tokens` of context; the
+    choice of a token is not in it. The p50 of the first and the last third is told under sustained
+    load (`--duration`) only.
     """
 
     path: str
@@ -194,6 +235,10 @@ class BenchResult(Config):
     peak_rss_bytes: int
     size_bytes: int
     device: dict[str, str]
+    kind: Literal["encoder", "decoder"] = "encoder"
+    new_tokens: int | None = None
+    prefill_ms: float | None = None
+    prefill_per_second: float | None = None
     first_third_p50_ms: float | None = None
     last_third_p50_ms: float | None = None
 
@@ -213,13 +258,24 @@ class CacheResult(Config):
     cleared: bool = False
 
 
+class DemoCommands(Config):
+    """The demo's decoder: its table beside the nearest training command, and the actions of the
+    requests. `training_cpu_seconds`: of all threads.
+    """
+
+    rows: list[dict[str, Any]]
+    actions: list[dict[str, Any]]
+    training_cpu_seconds: float
+
+
 class DemoResult(Config):
-    """`rows` is the before/after table; `answers` the sentences it answered."""
+    """`rows` is the before/after table of the encoders; `answers` the sentences they answered."""
 
     out: str
     report: str
     rows: list[dict[str, Any]]
     answers: list[dict[str, Any]]
+    commands: DemoCommands
     seconds: float
 
 

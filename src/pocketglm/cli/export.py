@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from pocketglm.cli._common import Force, Json, MaxLength, Out, Progressive, emit, megabytes, table
+from pocketglm.cli._common import (
+    Force,
+    Json,
+    MaxMemory,
+    Out,
+    Progressive,
+    emit,
+    megabytes,
+    table,
+)
 from pocketglm.contracts import ExportOptions
+from pocketglm.errors import as_lines
+from pocketglm.stages._memory import parse_size
 from pocketglm.stages.export import export
 
 
@@ -20,22 +32,48 @@ def main(
         int | None,
         typer.Option(help="ONNX opset; 13 = standard operators only, for old devices (fp32)."),
     ] = None,
-    max_length: MaxLength = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens per text; of a decoder, prompt and answer together. Default: the model's.",
+        ),
+    ] = None,
+    logits: Annotated[
+        Literal["last", "all"],
+        typer.Option(
+            help="Decoder: logits of each row's last position (faster; one row at a time) or all."
+        ),
+    ] = "last",
     threads: Annotated[
         int | None,
         typer.Option(min=1, max=256, help="Thread count that the export records for its app."),
     ] = None,
+    spinning: Annotated[
+        bool,
+        typer.Option(
+            "--spinning", help="Decoder: threads of its app wait busily (own cores only)."
+        ),
+    ] = False,
+    max_memory: MaxMemory = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Write OUT/TARGET/ for every target; each that works is kept."""
     targets = [name.strip() for name in target.split(",") if name.strip()]
-    options = ExportOptions(opset=opset, max_length=max_length, threads=threads)
+    options = ExportOptions(
+        opset=opset,
+        max_length=max_length,
+        threads=threads,
+        logits=logits,
+        spinning=spinning,
+        max_memory=parse_size(max_memory),
+    )
     with Progressive() as reporter:
         result = export(checkpoint, targets, out, options=options, force=force, reporter=reporter)
-        for entry in result.targets:
-            if entry.error:
-                reporter.say(f"{entry.target}: {entry.error}")
+    for entry in result.targets:
+        if entry.error:
+            sys.stderr.write(as_lines(f"{entry.target}: {entry.error}", entry.hint))
 
     def words() -> None:
         rows = []

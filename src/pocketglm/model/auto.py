@@ -2,9 +2,10 @@
 
     import pocketglm.model.auto
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
 
-The models wrap our `Encoder` and load through our reader, so quantized folders open too
-(dequantized). Only on demand: nothing else in the package imports transformers' model classes.
+The models wrap our `Encoder` or `Decoder` and load through our reader, so quantized folders open
+too (dequantized). Only on demand: nothing else in the package imports transformers' model classes.
 """
 
 from __future__ import annotations
@@ -18,20 +19,26 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    CausalLMOutput,
+    SequenceClassifierOutput,
+)
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.manifest import Manifest
+from pocketglm.model.decoder import Decoder
 from pocketglm.model.encoder import Encoder
-from pocketglm.model.hf import load_encoder, save_encoder
+from pocketglm.model.hf import load_decoder, load_encoder, save_decoder, save_encoder
 
 
 class PocketGLMConfig(BertConfig):  # type: ignore[no-untyped-call]
-    """BERT's fields; `pooling` says how tokens are pooled."""
+    """BERT's fields, and `pooling` says how tokens are pooled; a decoder has its family's."""
 
     model_type = "pocketglm"
     pooling: str = "mean"
@@ -56,10 +63,7 @@ class PocketGLMModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         ckpt = Checkpoint.open(path)
         config = config or PocketGLMConfig.from_pretrained(path)
         model = cls(config, load_encoder(ckpt), ckpt.manifest)
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        if isinstance(dtype, torch.dtype):
-            model.to(dtype)  # type: ignore[arg-type]
-        model.train(False)
+        _settle(model, kwargs)
         return model
 
     def save_pretrained(  # type: ignore[override]
@@ -103,6 +107,61 @@ class PocketGLMForSequenceClassification(PocketGLMModel):  # type: ignore[no-unt
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
+class PocketGLMForCausalLM(PreTrainedModel):  # type: ignore[no-untyped-call]
+    """A decoder; it scores whole texts. To write new ones, use `pocketglm run`."""
+
+    config_class = PocketGLMConfig
+    base_model_prefix = "decoder"
+
+    def __init__(self, config: PocketGLMConfig, decoder: Decoder, manifest: Manifest) -> None:
+        super().__init__(config)
+        self.decoder = decoder
+        self.manifest = manifest
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | Path, *_: Any, config: PocketGLMConfig | None = None, **kwargs: Any
+    ) -> PocketGLMForCausalLM:
+        """As `PocketGLMModel.from_pretrained`."""
+        ckpt = Checkpoint.open(path)
+        config = config or PocketGLMConfig.from_pretrained(path)
+        model = cls(config, load_decoder(ckpt), ckpt.manifest)
+        _settle(model, kwargs)
+        return model
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *_: Any, **__: Any
+    ) -> None:
+        """Write it as a float model of its family, as `save_decoder` does; without a tokenizer."""
+        save_decoder(self.decoder, Path(save_directory), source=None, manifest=self.manifest)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        """input_ids [B, S] right-padded -> logits float32 [B, S, V].
+
+        labels: int64 [B, S], those of `input_ids` (-100: does not count), give the mean loss of
+        each next token.
+        """
+        logits = self.decoder(input_ids, attention_mask)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+def _settle(model: PreTrainedModel, options: dict[str, Any]) -> None:
+    """The type that was asked for, and eval mode."""
+    dtype = options.get("dtype", options.get("torch_dtype"))
+    if isinstance(dtype, torch.dtype):
+        model.to(dtype)  # type: ignore[arg-type]
+    model.train(False)
+
+
 def _mask(ids: Tensor, mask: Tensor | None, types: Tensor | None) -> Tensor:
     if types is not None and bool(types.any()):
         raise ValueError("pairs of texts (token type 1) are not supported: pass single texts")
@@ -111,4 +170,5 @@ def _mask(ids: Tensor, mask: Tensor | None, types: Tensor | None) -> Tensor:
 
 AutoConfig.register(PocketGLMConfig.model_type, PocketGLMConfig)
 AutoModel.register(PocketGLMConfig, PocketGLMModel)
+AutoModelForCausalLM.register(PocketGLMConfig, PocketGLMForCausalLM)
 AutoModelForSequenceClassification.register(PocketGLMConfig, PocketGLMForSequenceClassification)

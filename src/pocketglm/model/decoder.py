@@ -66,10 +66,11 @@ class Decoder(nn.Module):
         """One more token a row, int64 [B] -> logits float32 [B, V]."""
         return self.prefill(ids[:, None], None, cache)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Last hidden states [..., H] -> logits float32 [..., V]."""
+    def logits(self, hidden: Tensor, choices: Tensor | None = None) -> Tensor:
+        """Last hidden states [..., H] -> logits float32 [..., V]; only of the token ids `choices`
+        [C], if given: [..., C]."""
         weight = self.tokens.weight if self.head is None else self.head.weight
-        return F.linear(hidden, weight).float()
+        return F.linear(hidden, weight if choices is None else weight[choices]).float()
 
     def hidden(
         self, ids: Tensor, mask: Tensor | None = None, cache: KVCache | None = None

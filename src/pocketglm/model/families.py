@@ -14,13 +14,15 @@ how its weights are stored, it is `model_type: pocketglm` with the `family`.
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from pocketglm.artifacts.checkpoint import Checkpoint, read_json
+from pocketglm.artifacts.checkpoint import Checkpoint, read_json, remote_code_hint
 from pocketglm.errors import CheckpointError, nearest
 from pocketglm.model import bert, causal, glm, llama, qwen
 from pocketglm.model.sentence import read_max_length, read_pooling
@@ -35,6 +37,7 @@ DECODERS: dict[str, ModuleType] = {
     family: module for module in (glm, llama, qwen) for family in module.ARCHITECTURES
 }
 FAMILIES = ("bert", *DECODERS, POCKETGLM)
+_LOG = logging.getLogger(__name__)
 _CLASSIFIERS = (bert.CLASSIFIER, POCKETGLM_CLASSIFIER)
 _BODIES = (*bert.BODIES, POCKETGLM_MODEL)
 _ROLES = (*bert.ROLES, *causal.ROLES)
@@ -171,22 +174,43 @@ def _family(ckpt: Checkpoint) -> str:
         known = (DECODERS[family].ARCHITECTURES[family], POCKETGLM_DECODER)
     for architecture in config.get("architectures") or []:
         if architecture not in known:
-            raise CheckpointError(
-                f"{file}: unknown architecture '{architecture}'", nearest(str(architecture), known)
-            )
+            code, hint = "", nearest(str(architecture), known)
+            if _needs_code(config, file):
+                code = "; its own Python code (remote code) is not run"
+                hint = remote_code_hint(file.parent, config)
+            raise CheckpointError(f"{file}: unknown architecture '{architecture}'{code}", hint)
+    if note := remote_code_note(ckpt):
+        _say(note)
     return family
 
 
 def _refuse_unknown(config: Mapping[str, Any], file: Path) -> NoReturn:
     family = str(config.get("model_type"))
-    code = "; its own Python code (remote code) is not run" if "auto_map" in config else ""
-    hint = nearest(family, FAMILIES)
-    if family == "chatglm":
-        hint = (
-            "use the model's repository in the Hugging Face format, whose name ends in -hf "
-            f"(zai-org/glm-4-9b-chat-hf), or GLM-Edge (zai-org/glm-edge-1.5b-chat); {hint}"
-        )
+    code, hint = "", nearest(family, FAMILIES)
+    if family == "chatglm" or _needs_code(config, file):
+        code = "; its own Python code (remote code) is not run"
+        hint = f"{remote_code_hint(file.parent, config)}; {hint}"
     raise CheckpointError(f"{file}: unknown architecture '{family}' (model_type){code}", hint)
+
+
+def _needs_code(config: Mapping[str, Any], file: Path) -> bool:
+    return "auto_map" in config or any(file.parent.glob("modeling_*.py"))
+
+
+def remote_code_note(ckpt: Checkpoint) -> str | None:
+    """What to tell of a known model whose folder asks for its own Python code, else None."""
+    if "auto_map" not in ckpt.config:
+        return None
+    return (
+        f"{ckpt.path} asks for its own Python code (auto_map in config.json): that is never run, "
+        f"the standard architecture '{ckpt.config['model_type']}' is used"
+    )
+
+
+@functools.cache
+def _say(note: str) -> None:
+    """Once in a process; on stderr, unless the program that uses this package says otherwise."""
+    _LOG.warning(note)
 
 
 def _holds(ckpt: Checkpoint, start: str) -> bool:

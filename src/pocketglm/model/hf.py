@@ -37,6 +37,7 @@ from pocketglm.model.families import (
     role_of,
     spec_of,
 )
+from pocketglm.model.layers import bare_modules
 from pocketglm.model.sentence import write_sentence_files
 from pocketglm.model.spec import DecoderSpec, EncoderSpec
 from pocketglm.ops.stored import as_array, read_weight, stored_layout
@@ -71,7 +72,7 @@ _INCOMPLETE = "the folder is incomplete or its config.json belongs to another mo
 
 def _skeleton(spec: EncoderSpec | DecoderSpec) -> Encoder | Decoder:
     """The modules without memory for their weights."""
-    with torch.device("meta"):
+    with bare_modules():
         return Encoder(spec) if isinstance(spec, EncoderSpec) else Decoder(spec)
 
 
@@ -99,7 +100,8 @@ def check_tensors(ckpt: Checkpoint) -> None:
     """
     spec = model_spec_of(ckpt)
     missing = []
-    if "quantization_config" in ckpt.config and not ckpt.manifest.schemes:
+    packed = any(name.endswith(".qweight") for name in ckpt.tensors)  # GPTQ, AWQ
+    if ("quantization_config" in ckpt.config or packed) and not ckpt.manifest.schemes:
         integers = [n for n, info in ckpt.tensors.items() if info.dtype not in _FLOATS]
         if integers:
             raise _foreign(ckpt, integers[0])
@@ -145,20 +147,26 @@ def load_encoder(ckpt: Checkpoint) -> Encoder:
     return cast(Encoder, _load(ckpt))
 
 
-def load_decoder(ckpt: Checkpoint) -> Decoder:
+def load_decoder(ckpt: Checkpoint, body: torch.dtype = torch.float32) -> Decoder:
     """The model in float32 and eval mode; quantized weights are dequantized.
+
+    body: the type of the weights of the blocks' linear layers.
 
     Raises:
         CheckpointError: as `check_tensors`, or it is an encoder.
     """
     decoder_spec_of(ckpt)
-    return cast(Decoder, _load(ckpt))
+    return cast(Decoder, _load(ckpt, body))
 
 
-def _load(ckpt: Checkpoint) -> Encoder | Decoder:
+def _load(ckpt: Checkpoint, body: torch.dtype = torch.float32) -> Encoder | Decoder:
     check_tensors(ckpt)
     model = _skeleton(model_spec_of(ckpt))
-    state = {name: read_weight(ckpt, stored_name(ckpt, name)) for name in model.state_dict()}
+    state = {}
+    for name in model.state_dict():
+        weight = read_weight(ckpt, stored_name(ckpt, name))
+        linear = is_linear(stored_name(ckpt, name), tuple(weight.shape))
+        state[name] = weight.to(body) if linear else weight
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -275,7 +283,8 @@ def decoder_config(
     spec: DecoderSpec, source: Checkpoint | None, dtype: torch.dtype
 ) -> dict[str, Any]:
     """config.json of a float decoder; fields that a spec does not know are the source's."""
-    replaced = ("quantization_config", "_name_or_path", "torch_dtype", "family", "rope_scaling")
+    replaced = ("quantization_config", "_name_or_path", "torch_dtype", "auto_map")
+    replaced += ("family", "rope_scaling")
     old = source.config if source else {}
     module = DECODERS[spec.family]
     config = {key: value for key, value in old.items() if key not in replaced} | {
@@ -294,7 +303,7 @@ def _saved_name(name: str, prefix: str) -> str:
 
 def _config(old: Mapping[str, Any], spec: EncoderSpec, labels: list[str]) -> dict[str, Any]:
     """`old` with this spec's fields; saving the result again changes nothing."""
-    replaced = ("quantization_config", "_name_or_path", "torch_dtype", "pooling")
+    replaced = ("quantization_config", "_name_or_path", "torch_dtype", "auto_map", "pooling")
     config = {key: value for key, value in old.items() if key not in replaced}
     classifies = spec.head == "classification"
     config |= {

@@ -10,13 +10,15 @@ https://arxiv.org/abs/2407.21783.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pocketglm.model.spec import Activation, BlockSpec, RopeSpec
 
@@ -204,3 +206,23 @@ def init_weights(module: nn.Module, generator: torch.Generator, std: float = 0.0
             nn.init.ones_(part.weight)
         if isinstance(part, nn.Linear | nn.LayerNorm) and part.bias is not None:
             nn.init.zeros_(part.bias)
+
+
+class _NoInit(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def bare_modules() -> Iterator[None]:
+    """Modules that are made meanwhile have no memory for their weights (device "meta").
+
+    They get no initial values either: there, these would load torch's compiler, which takes 2 s.
+    """
+    with torch.device("meta"), _NoInit():
+        yield

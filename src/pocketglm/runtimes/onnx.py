@@ -11,17 +11,17 @@ import numpy as np
 import onnxruntime as ort
 
 from pocketglm.artifacts.export import ExportManifest, read_export
-from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, SessionInfo
+from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, Session, SessionInfo
 from pocketglm.errors import CheckpointError, UsageError
 from pocketglm.runtimes._cores import usable_cores
+from pocketglm.runtimes._onnx_decoder import OnnxDecoderSession
 
 
 class OnnxSession:
     """An open encoder of an export folder."""
 
-    def __init__(self, path: Path, options: RunOptions) -> None:
-        manifest = read_export(path)
-        self._session = _open(path, manifest, options)
+    def __init__(self, session: ort.InferenceSession, manifest: ExportManifest) -> None:
+        self._session = session
         self._names = [port.name for port in self._session.get_inputs()]
         self._vocab_size = manifest.vocab_size
         self.info = SessionInfo(
@@ -64,14 +64,7 @@ class OnnxSession:
 
 def _open(path: Path, manifest: ExportManifest, options: RunOptions) -> ort.InferenceSession:
     file = path / manifest.model_file
-    entry = manifest.files.get(manifest.model_file)
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing", "export the checkpoint again")
-    if entry and file.stat().st_size != entry.bytes:
-        raise CheckpointError(
-            f"{file} has {file.stat().st_size} bytes, it was exported with {entry.bytes}",
-            "copy the folder again, or export the checkpoint again",
-        )
+    _check_sizes(path, manifest)
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads or manifest.threads or usable_cores()
     settings.inter_op_num_threads = 1
@@ -93,13 +86,36 @@ def _open(path: Path, manifest: ExportManifest, options: RunOptions) -> ort.Infe
         ) from error
 
 
-def open_export(path: Path, options: RunOptions) -> OnnxSession:
+def _check_sizes(path: Path, manifest: ExportManifest) -> None:
+    """The model file and its external data, by size: hashing them would take longer than opening.
+
+    Raises:
+        CheckpointError: a file is missing or has another size than it was exported with.
+    """
+    names = {name for name in manifest.files if name.startswith(manifest.model_file)}
+    for name in sorted(names | {manifest.model_file}):
+        file, entry = path / name, manifest.files.get(name)
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing", "export the checkpoint again")
+        if entry and file.stat().st_size != entry.bytes:
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size} bytes, it was exported with {entry.bytes}",
+                "copy the folder again, or export the checkpoint again",
+            )
+
+
+def open_export(path: Path, options: RunOptions) -> Session:
     """Open an export folder.
 
     Raises:
-        CheckpointError: the model file is missing, changed or corrupt.
+        CheckpointError: the model file or its data is missing, changed or corrupt.
+        UsageError: a context that is longer than a decoder's file allows.
     """
-    return OnnxSession(path, options)
+    manifest = read_export(path)
+    session = _open(path, manifest, options)
+    if manifest.kind == "decoder":
+        return OnnxDecoderSession.open(session, path, manifest, options)
+    return OnnxSession(session, manifest)
 
 
 SPEC = Runtime(summary="ONNX Runtime on the CPU", open=open_export)

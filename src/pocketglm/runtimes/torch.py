@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,18 +10,27 @@ import numpy as np
 import torch
 
 from pocketglm.artifacts.checkpoint import Checkpoint
-from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, SessionInfo
+from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, Session, SessionInfo
 from pocketglm.errors import UsageError
-from pocketglm.model.hf import labels_of, load_encoder, max_length_of
+from pocketglm.model.cache import KVCache
+from pocketglm.model.decoder import Decoder
+from pocketglm.model.hf import (
+    eos_ids_of,
+    is_decoder,
+    labels_of,
+    load_decoder,
+    load_encoder,
+    max_length_of,
+)
 from pocketglm.runtimes._cores import usable_cores
+from pocketglm.runtimes._text import check_rewind, check_tokens, context_of
 
 
 class TorchSession:
     """An open encoder; quantized weights were dequantized to float32 when it was opened."""
 
-    def __init__(self, path: Path, options: RunOptions) -> None:
-        ckpt = Checkpoint.open(path)
-        self._path = path
+    def __init__(self, ckpt: Checkpoint, options: RunOptions) -> None:
+        self._path = ckpt.path
         self._model = load_encoder(ckpt)
         self._threads = options.threads or usable_cores()
         spec = self._model.spec
@@ -57,6 +66,86 @@ class TorchSession:
         del self._model
 
 
+class TorchDecoderSession:
+    """An open decoder in float32; forks share its weights."""
+
+    def __init__(self, model: Decoder, cache: KVCache, info: SessionInfo) -> None:
+        self._model, self._cache, self.info = model, cache, info
+
+    @classmethod
+    def open(cls, ckpt: Checkpoint, options: RunOptions) -> TorchDecoderSession:
+        """Load the weights; quantized ones are dequantized.
+
+        Raises:
+            UsageError: a context that is longer than the model has positions.
+            CheckpointError: as `load_decoder`.
+        """
+        model = load_decoder(ckpt)
+        spec = model.spec
+        info = SessionInfo(
+            runtime="torch",
+            output="logits",
+            kind="decoder",
+            max_length=context_of(spec.max_position_embeddings, options.context, ckpt.path),
+            threads=options.threads or usable_cores(),
+            vocab_size=spec.vocab_size,
+            bos_id=spec.bos_id,
+            eos_ids=eos_ids_of(ckpt),
+            scores="all",
+        )
+        return cls(model, model.new_cache(1, info.max_length), info)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text so far."""
+        return int(self._cache.lengths[0])
+
+    def prefill(self, ids: Sequence[int]) -> Floats:
+        """Append one or more tokens; the logits after the last one, float32 [V].
+
+        Raises:
+            UsageError: no token, one outside the vocabulary, or more than the cache can hold.
+        """
+        tokens = check_tokens(ids, self.length, self.info)
+        with torch.inference_mode(), _threads(self.info.threads):
+            out = self._model.prefill(_tensor(tokens[None]), None, self._cache)
+        result: Floats = out[0].numpy()
+        return result
+
+    def step(self, token: int) -> Floats:
+        """`prefill` of one token."""
+        return self.prefill([token])
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens.
+
+        Raises:
+            UsageError: the text has fewer.
+        """
+        check_rewind(count, self.length)
+        self._cache.rewind(count)
+
+    def fork(self) -> TorchDecoderSession:
+        """A session with a copy of the text so far; it shares the weights."""
+        return TorchDecoderSession(self._model, self._cache.fork(), self.info)
+
+    def score(self, ids: Sequence[int]) -> Floats:
+        """Logits float32 [S, V] at every position of a text of its own.
+
+        Raises:
+            UsageError: as `prefill`.
+        """
+        tokens = check_tokens(ids, 0, self.info)
+        with torch.inference_mode(), _threads(self.info.threads):
+            out = self._model(_tensor(tokens[None]))
+        result: Floats = out[0].numpy()
+        return result
+
+    def close(self) -> None:
+        """Free the model; the session cannot be used afterwards."""
+        del self._model, self._cache
+
+
 def _tensor(array: Ids) -> torch.Tensor:
     # A copy where torch would refuse or warn: other integers, or memory that is read-only.
     return torch.from_numpy(np.require(array, np.int64, ["C", "W"]))
@@ -76,9 +165,12 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def open_checkpoint(path: Path, options: RunOptions) -> TorchSession:
-    """Open a checkpoint folder (see `load_encoder` for the errors)."""
-    return TorchSession(path, options)
+def open_checkpoint(path: Path, options: RunOptions) -> Session:
+    """Open a checkpoint folder (see `load_encoder` and `load_decoder` for the errors)."""
+    ckpt = Checkpoint.open(path)
+    if is_decoder(ckpt):
+        return TorchDecoderSession.open(ckpt, options)
+    return TorchSession(ckpt, options)
 
 
 SPEC = Runtime(

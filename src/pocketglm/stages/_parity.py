@@ -22,7 +22,8 @@ from pocketglm.artifacts.export import ExportManifest, Parity
 from pocketglm.contracts import Floats, Ids, Reporter, RunOptions, Target
 from pocketglm.errors import ParityError
 from pocketglm.model.encoder import Encoder
-from pocketglm.model.hf import load_encoder
+from pocketglm.model.hf import load_encoder, stored_name
+from pocketglm.ops.stored import check_finite, parameter_counts
 from pocketglm.runtimes import open_encoder
 from pocketglm.text.tokenizer import Tokenizer
 
@@ -77,8 +78,11 @@ def check_parity(
 
     Raises:
         ParityError: a block or the whole differs by more than the form of the file explains.
+        CheckpointError: a weight of the checkpoint holds NaN or infinity.
     """
     model = load_encoder(ckpt)
+    for name, values in model.state_dict().items():
+        check_finite(ckpt, stored_name(ckpt, name), values)
     batches = list(_samples(folder, manifest.max_length))
     file = folder / manifest.model_file
     reporter.say("checking parity, block by block")
@@ -92,7 +96,16 @@ def check_parity(
     shipped, plain = (
         _run(folder, batches, RunOptions(optimize=optimize)) for optimize in (True, False)
     )
-    return _judge(manifest, wanted, shipped, plain, blocks)
+    return judge(manifest, wanted, shipped, plain, blocks, classes=bool(manifest.labels))
+
+
+def encoder_buffers(ckpt: Checkpoint) -> int:
+    """An upper estimate of the bytes that exporting and comparing an encoder hold at once.
+
+    The model in float32, and its file as it is written, read and opened.
+    """
+    parameters = sum(parameter_counts(ckpt).values())
+    return 4 * parameters + 4 * max(ckpt.nbytes, 4 * parameters * (not ckpt.manifest.schemes))
 
 
 def _samples(folder: Path, max_length: int) -> Iterator[_Batch]:
@@ -132,7 +145,7 @@ def _compare_blocks(model: Encoder, target: Target, file: Path, batch: _Batch) -
         expected = wanted.numpy()
         if name != "head":
             expected, value = expected[keep], value[keep]
-        differences[name] = _worst(expected, value)
+        differences[name] = worst(expected, value)
         limit = FLOAT_TOLERANCE * max(1.0, float(np.abs(expected).max()))
         if not differences[name] <= limit:
             raise ParityError(
@@ -151,17 +164,27 @@ def _run(folder: Path, batches: list[_Batch], options: RunOptions) -> Floats:
         session.close()
 
 
-def _worst(a: Floats, b: Floats) -> float:
+def worst(a: Floats, b: Floats) -> float:
+    """The greatest absolute difference."""
     return float(np.abs(a - b).max())
 
 
-def _judge(
+def judge(
     manifest: ExportManifest,
     wanted: Floats,
     shipped: Floats,
     plain: Floats,
     blocks: dict[str, float],
+    *,
+    classes: bool,
 ) -> Parity:
+    """Parity of the outputs [n, C] of checkpoint and file, graph optimizer on and off.
+
+    classes: the greatest of C values is the answer; else they are a vector of unit length.
+
+    Raises:
+        ParityError: they differ by more than the form of the file explains.
+    """
     share, needed = LIMITS[manifest.activation]
     std = float(wanted.std())
     exact = FLOAT_TOLERANCE * max(1.0, std)
@@ -169,11 +192,11 @@ def _judge(
     parity = Parity(
         scope="whole",
         n=len(wanted),
-        output_max_abs=_worst(wanted, shipped),
+        output_max_abs=worst(wanted, shipped),
         output_std=std,
         tolerance=share * std or exact,
-        agreement=_agreement(wanted, shipped, std, labels=bool(manifest.labels)),
-        optimizer_max_abs=_worst(shipped, plain),
+        agreement=_agreement(wanted, shipped, std, classes=classes),
+        optimizer_max_abs=worst(shipped, plain),
         blocks=blocks,
     )
     form = f"{manifest.precision}, activations {manifest.activation}"
@@ -207,9 +230,9 @@ def _judge(
     return parity
 
 
-def _agreement(wanted: Floats, found: Floats, std: float, *, labels: bool) -> float:
-    """Share of rows with the same label, near ties aside; or the smallest cosine."""
-    if not labels:
+def _agreement(wanted: Floats, found: Floats, std: float, *, classes: bool) -> float:
+    """Share of rows with the same answer, near ties aside; or the smallest cosine."""
+    if not classes:
         return float((wanted * found).sum(axis=1).min())
     rows = np.arange(len(wanted))
     lost = wanted.max(axis=1) - wanted[rows, found.argmax(axis=1)]

@@ -4,21 +4,46 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from pocketglm import registry
 from pocketglm.artifacts.checkpoint import Checkpoint
-from pocketglm.artifacts.export import EXPORT, ExportManifest, Parity, list_files, read_export
+from pocketglm.artifacts.export import (
+    EXPORT,
+    CacheLayout,
+    ExportManifest,
+    Parity,
+    list_files,
+    read_export,
+)
 from pocketglm.artifacts.manifest import digest_file, digest_value, tool_versions, write_json
 from pocketglm.artifacts.origin import origin_of
 from pocketglm.artifacts.output import REQUEST, is_done, output_folder
 from pocketglm.artifacts.schemas import ExportResult, TargetResult
 from pocketglm.contracts import ExportOptions, Lowered, Reporter, Silent, Target
-from pocketglm.errors import PocketError, UnsupportedError, UsageError, WorkError
-from pocketglm.model.hf import check_tensors, labels_of, max_length_of, spec_of
-from pocketglm.ops.stored import precision_of
-from pocketglm.stages._parity import check_parity
+from pocketglm.errors import (
+    FinishedElsewhereError,
+    PocketError,
+    UnsupportedError,
+    UsageError,
+    WorkError,
+)
+from pocketglm.model.hf import (
+    check_tensors,
+    eos_ids_of,
+    is_decoder,
+    labels_of,
+    max_length_of,
+    model_spec_of,
+)
+from pocketglm.model.spec import DecoderSpec, EncoderSpec
+from pocketglm.ops.stored import parameter_counts, precision_of
+from pocketglm.runtimes._cores import usable_cores
+from pocketglm.stages._memory import Ceiling
+from pocketglm.stages._parity import check_parity, encoder_buffers
+from pocketglm.stages._parity_decoder import check_decoder_parity, decoder_buffers
 from pocketglm.text.tokenizer import Tokenizer
 
 _DEFAULTS = ExportOptions()
@@ -49,7 +74,7 @@ def export(
     loaded: dict[str, Target] = {name: registry.load("targets", name) for name in targets}
     ckpt = Checkpoint.open(path)
     check_tensors(ckpt)
-    spec = spec_of(ckpt)
+    spec = model_spec_of(ckpt)
     Tokenizer.load(ckpt.path).check_vocabulary(spec.vocab_size, ckpt.path)
     limit = spec.max_position_embeddings
     if options.max_length is not None and not 1 < options.max_length <= limit:
@@ -66,9 +91,14 @@ def export(
                 _export(ckpt, digest, name, target, out / name, options, force, reporter)
             )
         except PocketError as error:
-            text = f"{error.message}\n{error.hint}" if error.hint else error.message
             results.append(
-                TargetResult(target=name, ok=False, error=text, exit_code=error.exit_code)
+                TargetResult(
+                    target=name,
+                    ok=False,
+                    error=error.message,
+                    hint=error.hint,
+                    exit_code=error.exit_code,
+                )
             )
     reporter.progress("export", len(loaded), len(loaded))
     return ExportResult(out=str(out), targets=results)
@@ -88,7 +118,7 @@ def _export(
         {
             "verb": "export",
             "target": name,
-            "options": asdict(options),
+            "options": asdict(replace(options, max_memory=None)),  # no byte depends on it
             "checkpoint": digest,
             "pocketglm": tool_versions()["pocketglm"],
         }
@@ -97,12 +127,17 @@ def _export(
     if not done:
         if reasons := target.supports(ckpt, options):
             raise UnsupportedError(f"{name} cannot carry {ckpt.path}", reasons)
-        with output_folder(out, request, force, [ckpt.path]) as partial:
-            try:
-                _write(ckpt, digest, request, name, target, partial, options, reporter)
-            except BaseException:
-                _discard(partial)  # an export is quick to make again: nothing to resume
-                raise
+        buffers = decoder_buffers(ckpt) if is_decoder(ckpt) else encoder_buffers(ckpt)
+        Ceiling(options.max_memory, "export").require(buffers, "the largest part of the model")
+        try:
+            with output_folder(out, request, force, [ckpt.path]) as partial:
+                try:
+                    _write(ckpt, digest, request, name, target, partial, options, reporter)
+                except BaseException:
+                    _discard(partial)  # an export is quick to make again: nothing to resume
+                    raise
+        except FinishedElsewhereError:
+            done = True
     manifest = read_export(out)
     return TargetResult(
         target=name,
@@ -130,7 +165,10 @@ def _write(
         lowered = target.lower(ckpt, folder, options, reporter)
         manifest = _manifest(ckpt, digest, request, name, target, folder, options, lowered)
         write_json(folder / EXPORT, manifest)  # the runtime that parity opens reads it
-        parity = check_parity(ckpt, folder, manifest, target, reporter)
+        if manifest.kind == "decoder":
+            parity = check_decoder_parity(ckpt, folder, manifest, target, options, reporter)
+        else:
+            parity = check_parity(ckpt, folder, manifest, target, reporter)
     except (PocketError, OSError, MemoryError):
         raise
     except Exception as error:  # a converter or runtime that crashed
@@ -151,24 +189,21 @@ def _manifest(
     options: ExportOptions,
     lowered: Lowered,
 ) -> ExportManifest:
-    spec = spec_of(ckpt)
+    spec = model_spec_of(ckpt)
     unknown = Parity(scope="whole", n=0, output_max_abs=0, output_std=0, tolerance=0, agreement=0)
     return ExportManifest(
         request=request,
         target=name,
         runtime=target.runtime,
-        kind="encoder",
+        **_kind_fields(ckpt, spec, options),
         output=lowered.outputs[0]["name"],
         precision=precision_of(ckpt) if ckpt.manifest.schemes else "fp32",
         model_file=lowered.model_file,
         inputs=lowered.inputs,
         outputs=lowered.outputs,
-        labels=labels_of(ckpt),
-        pooling=spec.pooling,
         max_length=options.max_length or max_length_of(ckpt),
         vocab_size=spec.vocab_size,
         activation=lowered.activation,
-        threads=options.threads,
         task=ckpt.manifest.task,
         schemes=ckpt.manifest.schemes,
         tokenizer_sha256=digest_file(folder / "tokenizer.json"),
@@ -178,9 +213,34 @@ def _manifest(
         origin=ckpt.manifest.origin or origin_of(ckpt.path),
         lineage=ckpt.manifest.lineage,
         parameters=lowered.parts,
+        parameter_count=sum(parameter_counts(ckpt).values()),
         parity=unknown,
         files={n: entry for n, entry in list_files(folder).items() if n != REQUEST},
     )
+
+
+def _kind_fields(
+    ckpt: Checkpoint, spec: EncoderSpec | DecoderSpec, options: ExportOptions
+) -> dict[str, Any]:
+    """What only an encoder's or only a decoder's manifest has."""
+    if isinstance(spec, EncoderSpec):
+        return {
+            "kind": "encoder",
+            "labels": labels_of(ckpt),
+            "pooling": spec.pooling,
+            "threads": options.threads,
+        }
+    return {
+        "kind": "decoder",
+        "threads": options.threads or usable_cores(),  # onnxruntime-genai needs a number
+        "logits": options.logits,
+        "bos_id": spec.bos_id,
+        "eos_ids": list(eos_ids_of(ckpt)),
+        "cache": CacheLayout(
+            layers=spec.num_layers, kv_heads=spec.num_kv_heads, head_dim=spec.head_dim
+        ),
+        "command": ckpt.manifest.command,
+    }
 
 
 def _discard(folder: Path) -> None:

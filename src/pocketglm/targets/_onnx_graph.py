@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,12 +37,23 @@ class GraphBuilder:
         return self.ops(kind, 1, *inputs, domain=domain, out=out, **attributes)[0]
 
     def ops(
-        self, kind: str, count: int, *inputs: str, domain: str = "", out: str = "", **values: Any
+        self,
+        kind: str,
+        count: int,
+        *inputs: str,
+        domain: str = "",
+        out: str = "",
+        outs: Sequence[str] = (),
+        **values: Any,
     ) -> list[str]:
-        """Append a node with `count` outputs; returns their names."""
+        """Append a node with `count` outputs; returns their names.
+
+        outs: names for the outputs after the first; '' leaves one out.
+        """
         self._counts[kind] += 1
         name = f"{kind}_{self._counts[kind]}"
         outputs = [out or name] if count == 1 else [f"{name}.{index}" for index in range(count)]
+        outputs[1:] = outs or outputs[1:]
         self._nodes.append(
             helper.make_node(kind, list(inputs), outputs, name=name, domain=domain, **values)
         )
@@ -59,6 +71,15 @@ class GraphBuilder:
             self._initializers[name] = tensor
         return name
 
+    def external(self, tensor: onnx.TensorProto) -> str:
+        """An initializer whose bytes lie in another file."""
+        self._initializers[tensor.name] = tensor
+        return tensor.name
+
+    def holds(self, name: str) -> bool:
+        """Whether there is an initializer of this name."""
+        return name in self._initializers
+
     def ints(self, *values: int) -> str:
         """A constant int64 vector."""
         return self.constant("ints" + "".join(f"_{v}" for v in values), np.array(values, np.int64))
@@ -75,22 +96,43 @@ class GraphBuilder:
 
     def constant_bytes(self) -> dict[str, int]:
         """Bytes of each initializer."""
-        return {name: len(tensor.raw_data) for name, tensor in self._initializers.items()}
+        return {name: _nbytes(tensor) for name, tensor in self._initializers.items()}
 
     def model(
-        self, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape], opset: int
+        self,
+        inputs: Mapping[str, Shape],
+        outputs: Mapping[str, Shape],
+        opset: int,
+        *,
+        name: str = "encoder",
+        caches: Mapping[str, Shape] = MappingProxyType({}),
     ) -> onnx.ModelProto:
-        """The finished model: int64 inputs, float32 outputs."""
+        """The finished model: int64 inputs, then float32 `caches`; float32 outputs."""
         opsets = [helper.make_opsetid("", opset)]
         if any(node.domain == MICROSOFT for node in self._nodes):
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
         graph = helper.make_graph(
             self._nodes,
-            "encoder",
-            [helper.make_tensor_value_info(n, TensorProto.INT64, s) for n, s in inputs.items()],
-            [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs.items()],
+            name,
+            [
+                *(
+                    helper.make_tensor_value_info(n, TensorProto.INT64, s)
+                    for n, s in inputs.items()
+                ),
+                *_floats(caches),
+            ],
+            _floats(outputs),
             list(self._initializers.values()),
         )
         return helper.make_model(
             graph, opset_imports=opsets, ir_version=IR_VERSIONS[opset], producer_name="pocketglm"
         )
+
+
+def _floats(ports: Mapping[str, Shape]) -> list[onnx.ValueInfoProto]:
+    return [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in ports.items()]
+
+
+def _nbytes(tensor: onnx.TensorProto) -> int:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    return int(entries.get("length", len(tensor.raw_data)))

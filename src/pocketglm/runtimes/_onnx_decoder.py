@@ -1,0 +1,163 @@
+"""An open ONNX decoder of an export folder, in plain ONNX Runtime. Torch-free.
+
+The cache is one buffer per layer and part that a call reads and writes in place (bound as `past`
+and as `present`), so a step copies nothing. Buffers begin small and double, up to the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from pocketglm.artifacts.export import ExportManifest
+from pocketglm.contracts import Floats, Ids, RunOptions, SessionInfo
+from pocketglm.errors import CheckpointError, UsageError
+from pocketglm.runtimes._text import check_rewind, check_tokens, context_of
+
+_FIRST = 256  # tokens that the buffers begin with
+
+
+class OnnxDecoderSession:
+    """An open decoder with one text; forks share the weights."""
+
+    def __init__(self, session: ort.InferenceSession, info: SessionInfo) -> None:
+        self._session, self.info = session, info
+        self._names = [port.name for port in session.get_inputs()[2:]]
+        self._heads, self._head_dim = (session.get_inputs()[2].shape[axis] for axis in (1, 3))
+        self._length = 0
+        self._bind([self._empty(min(_FIRST, info.max_length)) for _ in self._names])
+
+    @classmethod
+    def open(
+        cls,
+        session: ort.InferenceSession,
+        path: Path,
+        manifest: ExportManifest,
+        options: RunOptions,
+    ) -> OnnxDecoderSession:
+        """Take an open model file into use.
+
+        Raises:
+            UsageError: a context that is longer than the file's.
+            CheckpointError: the manifest is not a decoder's.
+        """
+        if manifest.logits is None:
+            raise CheckpointError(
+                f"{path}: its export.json does not say which logits the decoder computes",
+                "export the checkpoint again",
+            )
+        if options.context and options.context > manifest.max_length:
+            raise UsageError(
+                f"a context of {options.context} tokens was asked for, {path} was exported for "
+                f"{manifest.max_length}",
+                f"use --context {manifest.max_length} or less, or export again with --max-length "
+                f"{options.context}",
+            )
+        info = SessionInfo(
+            runtime="onnx",
+            output="logits",
+            kind="decoder",
+            max_length=context_of(manifest.max_length, options.context, path),
+            activation=manifest.activation,
+            threads=session.get_session_options().intra_op_num_threads,
+            vocab_size=manifest.vocab_size,
+            bos_id=manifest.bos_id,
+            eos_ids=tuple(manifest.eos_ids),
+            scores=manifest.logits,
+        )
+        return cls(session, info)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text so far."""
+        return self._length
+
+    def prefill(self, ids: Sequence[int]) -> Floats:
+        """Append one or more tokens; the logits after the last one, float32 [V].
+
+        Raises:
+            UsageError: no token, one outside the vocabulary, or more than the cache can hold.
+        """
+        tokens = check_tokens(ids, self._length, self.info)
+        end = self._length + len(tokens)
+        self._reserve(end)
+        mask = np.ones((1, end), np.int64)
+        self._binding.bind_cpu_input("input_ids", tokens[None])
+        self._binding.bind_cpu_input("attention_mask", mask)
+        self._binding.bind_output("logits")
+        self._session.run_with_iobinding(self._binding)
+        self._length = end
+        logits: Floats = self._binding.get_outputs()[0].numpy()[0, -1]
+        return logits
+
+    def step(self, token: int) -> Floats:
+        """`prefill` of one token."""
+        return self.prefill([token])
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens.
+
+        Raises:
+            UsageError: the text has fewer.
+        """
+        check_rewind(count, self._length)
+        self._length -= count
+
+    def fork(self) -> OnnxDecoderSession:
+        """A session with a copy of the text so far; it shares the weights."""
+        other = OnnxDecoderSession(self._session, self.info)
+        other._length = self._length
+        other._bind([buffer.copy() for buffer in self._buffers])
+        return other
+
+    def score(self, ids: Sequence[int]) -> Floats:
+        """Logits float32 [S, V] at every position of a text of its own.
+
+        A file that has the last position's only is run token by token.
+
+        Raises:
+            UsageError: as `prefill`.
+        """
+        tokens = check_tokens(ids, 0, self.info)
+        if self.info.scores == "last":
+            other = OnnxDecoderSession(self._session, self.info)
+            return np.stack([other.step(int(token)) for token in tokens])
+        feeds: dict[str, Ids | Floats] = {name: self._empty(0) for name in self._names}
+        feeds |= {"input_ids": tokens[None], "attention_mask": np.ones((1, len(tokens)), np.int64)}
+        logits: Floats = self._session.run(["logits"], feeds)[0][0]
+        return logits
+
+    def close(self) -> None:
+        """Free the model; the session cannot be used afterwards."""
+        del self._session, self._binding, self._buffers
+
+    # --- the cache -------------------------------------------------------------------------------
+
+    def _empty(self, tokens: int) -> Floats:
+        return np.zeros((1, self._heads, tokens, self._head_dim), np.float32)
+
+    def _reserve(self, tokens: int) -> None:
+        size = self._buffers[0].shape[2]
+        if tokens <= size:
+            return
+        size = min(max(2 * size, tokens), self.info.max_length)
+        buffers = []
+        for old in self._buffers:
+            new = self._empty(size)
+            new[:, :, : self._length] = old[:, :, : self._length]
+            buffers.append(new)
+        self._bind(buffers)
+
+    def _bind(self, buffers: list[Floats]) -> None:
+        """Use `buffers`, in the order of the model's inputs, as past and present."""
+        self._buffers = buffers
+        self._binding = self._session.io_binding()
+        self._binding.bind_output("logits")  # the first of the outputs
+        for name, buffer in zip(self._names, buffers, strict=True):
+            value = ort.OrtValue.ortvalue_from_numpy(buffer)  # over the array's own memory
+            self._binding.bind_ortvalue_input(name, value)
+            present = name.replace("past_key_values", "present")
+            self._binding.bind_ortvalue_output(present, value)

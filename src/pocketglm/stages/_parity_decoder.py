@@ -1,0 +1,247 @@
+"""Does an exported decoder compute what its checkpoint computes?
+
+Block by block, activation quantization off: each block of the checkpoint in PyTorch gets what the
+file's own previous block gave, so that errors do not add up and the faulty block is named. One
+block of either side is in memory at a time. A model that is small enough is also compared whole, as
+it ships: the logits of its runtime, graph optimizer on and off, against those of PyTorch's blocks
+one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.artifacts.export import ExportManifest, Parity
+from pocketglm.contracts import ExportOptions, Floats, Ids, Reporter, RunOptions, Target
+from pocketglm.errors import ParityError
+from pocketglm.model.hf import decoder_spec_of, stored_name
+from pocketglm.model.layers import Block, bare_modules, rotation
+from pocketglm.model.spec import DecoderSpec
+from pocketglm.ops.stored import check_finite, parameter_counts, read_weight
+from pocketglm.runtimes import open_decoder
+from pocketglm.stages._memory import Ceiling, resident
+from pocketglm.stages._parity import FLOAT_TOLERANCE, SAMPLES, judge, worst
+from pocketglm.text.tokenizer import Tokenizer
+
+WHOLE = 200_000_000  # parameters up to which the whole model is compared
+# Texts and how many tokens of each; the cost is that of all tokens in all blocks.
+_TEXTS = ((SAMPLES[3], 12), (SAMPLES[5], 9), (SAMPLES[0], 12), (SAMPLES[13], 5))
+_CHUNK = 1 << 22  # weights that are dequantized at a time
+_FILE_BYTES = {4: 0.75, 8: 1.25}  # for a weight with its share of scales and zero points
+_SPARE = 128 << 20  # chunks, activations, the runtime's and the allocator's own
+
+
+def check_decoder_parity(
+    ckpt: Checkpoint,
+    folder: Path,
+    manifest: ExportManifest,
+    target: Target,
+    options: ExportOptions,
+    reporter: Reporter,
+) -> Parity:
+    """Compare the files in `folder`, whose export.json is `manifest`, with the checkpoint.
+
+    Raises:
+        ParityError: a part or the whole differs by more than the form of the file explains.
+        CheckpointError: a weight of the checkpoint holds NaN or infinity.
+    """
+    ids, mask = _samples(folder, manifest)
+    found = target.blocks(folder / manifest.model_file, ids, mask)
+    whole = _is_small(ckpt, manifest, options)
+    blocks, wanted = _compare(ckpt, found, ids, mask, options.max_memory, reporter, whole=whole)
+    if not whole:
+        std = float(wanted.std())
+        return Parity(
+            scope="blocks",
+            n=len(ids),
+            output_max_abs=blocks["head"],
+            output_std=std,
+            tolerance=FLOAT_TOLERANCE * max(1.0, std),
+            agreement=1.0,
+            blocks=blocks,
+        )
+    reporter.say("checking parity of the whole file, graph optimizer on and off")
+    shipped, plain = (_run(folder, ids, mask, optimize) for optimize in (True, False))
+    return judge(manifest, wanted, shipped, plain, blocks, classes=True)
+
+
+def _samples(folder: Path, manifest: ExportManifest) -> tuple[Ids, Ids]:
+    """ids and mask [B, S]: rows of two tokens at least, padded on the right.
+
+    A text that is too short goes on with random tokens, which also reach rare rows.
+    """
+    encoded = Tokenizer.load(folder).encode([text for text, _ in _TEXTS], manifest.max_length)
+    lengths = np.array([min(count, manifest.max_length) for _, count in _TEXTS])
+    shape = (len(lengths), lengths.max())
+    ids = np.random.default_rng(0).integers(0, manifest.vocab_size, shape)
+    given = min(shape[1], encoded.ids.shape[1])
+    ids[:, :given] = np.where(encoded.mask[:, :given], encoded.ids[:, :given], ids[:, :given])
+    mask = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
+    return ids * mask, mask
+
+
+def _is_small(ckpt: Checkpoint, manifest: ExportManifest, options: ExportOptions) -> bool:
+    """Whether the whole file is compared: its runtime holds it, mapped and as it arranges it."""
+    file = sum(entry.bytes for entry in manifest.files.values())
+    needed = resident() + 2 * file + decoder_buffers(ckpt)
+    limit = options.max_memory or psutil.virtual_memory().available // 2
+    return sum(parameter_counts(ckpt).values()) <= WHOLE and needed <= limit
+
+
+def decoder_buffers(ckpt: Checkpoint) -> int:
+    """An upper estimate of the bytes that exporting and comparing a decoder hold at once.
+
+    The largest part in float32 with a chunk that is being dequantized (the head is taken by
+    chunks), and the same part in the file, mapped and as its runtime arranges it.
+    """
+    reference: Counter[str] = Counter()
+    file: Counter[str] = Counter()
+    for name, count in parameter_counts(ckpt).items():
+        block = re.search(r"layers\.(\d+)\.", name)
+        scheme = ckpt.manifest.schemes.get(name)
+        part = block[1] if block else name
+        reference[part] += 4 * count if block else 0
+        file[part] += int(count * (_FILE_BYTES[scheme.bits] if scheme else 4))
+    return max(reference[part] + 2 * file[part] for part in file) + _SPARE
+
+
+# --- block by block ------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _compare(
+    ckpt: Checkpoint,
+    found: Iterable[tuple[str, Floats]],
+    ids: Ids,
+    mask: Ids,
+    max_memory: int | None,
+    reporter: Reporter,
+    *,
+    whole: bool,
+) -> tuple[dict[str, float], Floats]:
+    """Worst absolute difference per part at real tokens; and the checkpoint's logits.
+
+    Of the last tokens [B, V], from what the file gave; with `whole` of all tokens [n, V], from what
+    the checkpoint's own parts gave one after the other.
+    """
+    keep, rows, last = mask.astype(bool), np.arange(len(ids)), mask.sum(axis=1) - 1
+    reference, ceiling = _Reference(ckpt, decoder_spec_of(ckpt)), Ceiling(max_memory, "export")
+    total, batch = reference.spec.num_layers + 2, len(ids)
+    x = own = logits = torch.empty(0)
+    differences = {}
+    for name, value in _ahead(found):
+        # Both inputs of a part go through it together: its weights are read once.
+        if name == "embeddings":
+            wanted = own = reference.embeddings(torch.from_numpy(ids))
+        elif name == "head":
+            ends = x[rows, last]
+            logits = reference.head(torch.cat([ends, own[keep]]) if whole else ends)
+            wanted, logits = logits[:batch], logits[batch if whole else 0 :]
+        else:
+            index = int(name.removeprefix("block."))
+            both = reference.block(index, torch.cat([x, own]) if whole else x)
+            wanted, own = both[:batch], both[batch:]
+        x, expected = torch.from_numpy(value), wanted.numpy()
+        if name != "head":
+            expected, value = expected[keep], value[keep]
+        differences[name] = worst(expected, value)
+        limit = FLOAT_TOLERANCE * max(1.0, float(np.abs(expected).max()))
+        if not differences[name] <= limit:
+            raise ParityError(
+                f"'{name}' of the written file differs from the checkpoint by "
+                f"{differences[name]:.3g} (limit {limit:.3g}), activation quantization off",
+                "this is a defect of the export: please report it with this checkpoint's config",
+            )
+        ceiling.check()
+        reporter.progress("checking parity", len(differences), total, name)
+    return differences, logits.numpy()
+
+
+def _ahead(found: Iterable[tuple[str, Floats]]) -> Iterator[tuple[str, Floats]]:
+    """The same, each computed in another thread while its predecessor is in use."""
+    items = iter(found)
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """The checkpoint's parts in PyTorch, float32, each read when it is used."""
+
+    ckpt: Checkpoint
+    spec: DecoderSpec
+
+    def embeddings(self, ids: Tensor) -> Tensor:
+        """ids [B, S] -> [B, S, H]."""
+        used, place = np.unique(ids.numpy(), return_inverse=True)
+        rows = [self._read("tokens.weight", int(i) // 8 * 8, int(i) + 1)[-1:] for i in used]
+        return torch.cat(rows)[torch.from_numpy(place.reshape(ids.shape))]
+
+    def block(self, index: int, x: Tensor) -> Tensor:
+        """x [B, S, H] -> [B, S, H], every row by itself from position 0."""
+        with bare_modules():
+            block = Block(self.spec.block())
+        state = {
+            name: self._whole(f"blocks.{index}.{name}", tuple(tensor.shape))
+            for name, tensor in block.state_dict().items()
+        }
+        block.load_state_dict(state, assign=True)
+        turn = rotation(self.spec.rope, torch.arange(x.shape[1])[None], x.dtype)
+        result: Tensor = block.eval()(x, None, turn)
+        return result
+
+    def head(self, x: Tensor) -> Tensor:
+        """x [B, H] -> logits [B, V]."""
+        norm = nn.RMSNorm(self.spec.hidden_size, self.spec.rms_norm_eps)
+        norm.load_state_dict({"weight": self._read("norm.weight", 0, None)})
+        x, name = norm(x), "tokens.weight" if self.spec.tied else "head.weight"
+        parts = self._chunks(name, (self.spec.vocab_size, self.spec.hidden_size))
+        return torch.cat([F.linear(x, weight) for _, weight in parts], dim=-1)
+
+    def _whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if math.prod(shape) <= _CHUNK:
+            return self._read(name, 0, None)
+        out = torch.empty(shape)
+        for start, rows in self._chunks(name, shape):
+            out[start : start + len(rows)] = rows
+        return out
+
+    def _chunks(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
+        step = max(_CHUNK // max(math.prod(shape[1:]), 1) // 8 * 8, 8)
+        for start in range(0, shape[0], step):
+            yield start, self._read(name, start, start + step)
+
+    def _read(self, name: str, start: int, stop: int | None) -> Tensor:
+        stored = stored_name(self.ckpt, name)
+        rows = read_weight(self.ckpt, stored, start, stop)
+        check_finite(self.ckpt, stored, rows, start)
+        return rows
+
+
+# --- the whole file ------------------------------------------------------------------------------
+
+
+def _run(folder: Path, ids: Ids, mask: Ids, optimize: bool) -> Floats:
+    """Logits [tokens, V] of all rows' real tokens, by the runtime."""
+    session = open_decoder(folder, RunOptions(optimize=optimize))
+    try:
+        rows = [row[: keep.sum()].tolist() for row, keep in zip(ids, mask, strict=True)]
+        return np.concatenate([session.score(row) for row in rows])
+    finally:
+        session.close()

@@ -1,0 +1,292 @@
+"""A decoder as an ONNX graph for ONNX Runtime, written while its weights stream to the data file.
+
+Attention is one GroupQueryAttention a layer: rotary positions, cache and causality are inside it.
+It wants rows that are padded on the right, and takes its positions from the attention mask. Query,
+key and value are one packed product, except where each head is normalized first (Qwen3). The past
+may be given as long as it is, or in a longer buffer that is also the present's: then the new keys
+and values are written into it and nothing is copied.
+
+    weight       activation   nodes
+    float                     FusedMatMul over the rows as they are stored (transB), Add
+    INT8, INT4   dynamic_*    MatMulNBits, accuracy_level 4 (int8 activations by block)
+    INT8, INT4   none         MatMulNBits, accuracy_level 1 (float activations)
+    embedding                 Gather, or GatherBlockQuantized of INT8 and INT4
+
+One scale for a whole activation tensor (`dynamic_tensor`) is not used: it would make a token's
+result depend on how many others are computed with it, so that prompt and single steps differ. One
+scale per row is repeated for blocks of up to 128, the fastest when sizes were tried. A tied
+embedding and head are one initializer: the Gather side sees it through a Reshape. A tied head's
+inputs are quantized if those of any other layer are: its scheme is that of the embedding, whose
+inputs are ids.
+
+The residual stream is named `embeddings`, `block.0`, `block.1`, ...; a block's nodes use nothing
+else of another block's. Specs: ONNX Runtime, ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+
+from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.contracts import Floats, Reporter
+from pocketglm.model.causal import hf_name
+from pocketglm.model.layers import rotation
+from pocketglm.model.spec import DecoderSpec
+from pocketglm.targets._onnx_external import ExternalData
+from pocketglm.targets._onnx_graph import MICROSOFT, GraphBuilder, Shape
+from pocketglm.targets._onnx_rows import Rows, block_of
+
+OPSET = 17
+_POSITIONS = 4096  # of the rotary tables, computed at a time
+
+
+class DecoderGraph:
+    """Builds one model for texts of at most `context` tokens; its weights go to `data`.
+
+    last: logits of the last position only, which is right for one row at a time.
+    """
+
+    def __init__(
+        self, spec: DecoderSpec, rows: Rows, data: ExternalData, context: int, *, last: bool
+    ) -> None:
+        self.spec, self.rows, self.data, self.context, self.last = spec, rows, data, context, last
+        self.g = GraphBuilder()
+        batch: int | str = 1 if last else "batch"
+        self.inputs: dict[str, Shape] = {
+            "input_ids": (batch, "sequence"),
+            "attention_mask": (batch, "total"),
+        }
+        self.outputs: dict[str, Shape] = {
+            "logits": (batch, 1 if last else "sequence", spec.vocab_size)
+        }
+        self.past: dict[str, Shape] = {}
+        for index in range(spec.num_layers):
+            for part in ("key", "value"):
+                sizes = (spec.num_kv_heads, spec.head_dim)
+                self.past[f"past_key_values.{index}.{part}"] = (batch, sizes[0], "past", sizes[1])
+                self.outputs[f"present.{index}.{part}"] = (batch, sizes[0], "present", sizes[1])
+
+    def build(self, reporter: Reporter) -> onnx.ModelProto:
+        """The whole model: int64 ids [B, S], mask [B, T], float32 past -> logits and present."""
+        g, spec = self.g, self.spec
+        tokens = g.op("ReduceSum", "attention_mask", g.ints(1), keepdims=0)
+        last_slot = g.op("Sub", tokens, g.ints(1))
+        self._last_slot = g.op("Cast", last_slot, to=onnx.TensorProto.INT32)
+        one = g.constant("int_1", np.array(1, np.int64))
+        total = g.op("Gather", g.op("Shape", "attention_mask"), one)
+        self._total = g.op("Cast", total, to=onnx.TensorProto.INT32)
+        self._cos, self._sin = self._rotary_tables()
+        x = self._embeddings()
+        for index in range(spec.num_layers):
+            reporter.progress("writing blocks", index, spec.num_layers)
+            x = self._block(x, index)
+        reporter.progress("writing blocks", spec.num_layers, spec.num_layers)
+        self._head(x)
+        return g.model(self.inputs, self.outputs, OPSET, name="decoder", caches=self.past)
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    def _rotary_tables(self) -> tuple[str, str]:
+        shape = (self.context, self.spec.rope.dims // 2)
+        return (
+            self._store("cos_cache", np.float32, shape, self._angles("cos")),
+            self._store("sin_cache", np.float32, shape, self._angles("sin")),
+        )
+
+    def _angles(self, part: Literal["cos", "sin"]) -> Iterator[Floats]:
+        for start in range(0, self.context, _POSITIONS):
+            positions = torch.arange(start, min(start + _POSITIONS, self.context))[None]
+            turn = rotation(self.spec.rope, positions, torch.float32)
+            yield (turn.cos if part == "cos" else turn.sin)[0, 0].numpy()
+
+    def _embeddings(self) -> str:
+        g, scheme = self.g, self.rows.scheme("tokens")
+        if scheme is None:
+            return g.op("Gather", self._floats("tokens"), "input_ids", out="embeddings")
+        size, columns = self.rows.shape("tokens")
+        table, scales, zeros = self._integers(scheme, "tokens", flat=not self.spec.tied)
+        if self.spec.tied:
+            table = g.op("Reshape", table, g.ints(size, columns * scheme.bits // 8))
+        return g.microsoft(
+            "GatherBlockQuantized",
+            table,
+            "input_ids",
+            scales,
+            *([zeros] if zeros else []),
+            out="embeddings",
+            bits=scheme.bits,
+            block_size=block_of(scheme, columns),
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def _block(self, x: str, index: int) -> str:
+        g, at, four = self.g, f"blocks.{index}.", self.spec.four_norms
+        y = self._attention(self._norm(x, at + "attention_norm"), index)
+        y = self._linear(y, at + "attention.output", bias=self.spec.output_bias)
+        y = self._norm(y, at + "attention_post_norm") if four else y
+        gamma, epsilon = self._vector(f"{at}ffn_norm.weight"), self.spec.rms_norm_eps
+        normed, *_, x = g.ops(
+            "SkipSimplifiedLayerNormalization",
+            4,
+            *(y, x, gamma),
+            domain=MICROSOFT,
+            outs=("", "", f"attended.{index}"),
+            epsilon=epsilon,
+        )
+        y = self._ffn(normed, at)
+        y = self._norm(y, at + "ffn_post_norm") if four else y
+        return g.op("Add", x, y, out=f"block.{index}")
+
+    def _attention(self, x: str, index: int) -> str:
+        """[B, S, H] -> [B, S, heads * head_dim]."""
+        spec, at = self.spec, f"blocks.{index}.attention."
+        layers = [at + name for name in ("query", "key", "value")]
+        if not spec.qk_norm and self._alike(*layers):
+            inputs = [self._linear(x, *layers, bias=spec.attention_bias), "", ""]
+        else:
+            inputs = [self._linear(x, layer, bias=spec.attention_bias) for layer in layers]
+        if spec.qk_norm:
+            for place, name in enumerate(("query_norm", "key_norm")):
+                inputs[place] = self._head_norm(inputs[place], at + name)
+        out, *_ = self.g.ops(
+            "GroupQueryAttention",
+            3,
+            *inputs,
+            f"past_key_values.{index}.key",
+            f"past_key_values.{index}.value",
+            self._last_slot,
+            self._total,
+            self._cos,
+            self._sin,
+            domain=MICROSOFT,
+            outs=(f"present.{index}.key", f"present.{index}.value"),
+            num_heads=spec.num_heads,
+            kv_num_heads=spec.num_kv_heads,
+            scale=spec.head_dim**-0.5,
+            do_rotary=1,
+            rotary_interleaved=int(spec.rope.interleaved),
+        )
+        return out
+
+    def _head_norm(self, x: str, layer: str) -> str:
+        """Each head of [B, S, heads * head_dim] normalized by itself."""
+        g = self.g
+        heads = g.op("Reshape", x, g.ints(0, 0, -1, self.spec.head_dim))
+        return g.op("Reshape", self._norm(heads, layer), g.ints(0, 0, -1))
+
+    def _ffn(self, x: str, at: str) -> str:
+        g, bias, width = self.g, self.spec.ffn_bias, self.spec.intermediate_size
+        parts = [at + "ffn.gate_up"] if self.spec.fused_ffn else [at + "ffn.gate", at + "ffn.up"]
+        if self._alike(*parts):
+            packed = self._linear(x, *parts, bias=bias)
+            gate, up = g.ops("Split", 2, packed, g.ints(width, width), axis=-1)
+        else:
+            gate, up = (self._linear(x, part, bias=bias) for part in parts)
+        return self._linear(g.op("Mul", self._activation(gate), up), at + "ffn.down", bias=bias)
+
+    def _activation(self, x: str) -> str:
+        kind = self.spec.activation
+        if kind == "silu":
+            return self.g.microsoft("QuickGelu", x, alpha=1.0)
+        if kind == "relu":
+            return self.g.op("Relu", x)
+        return self.g.microsoft("Gelu" if kind == "gelu" else "FastGelu", x)
+
+    def _head(self, x: str) -> None:
+        g = self.g
+        if self.last:
+            x = g.op("Gather", x, g.ints(-1), axis=1)
+        layer = "tokens" if self.spec.tied else "head"
+        self._linear(self._norm(x, "norm"), layer, bias=False, out="logits")
+
+    # --- nodes over stored weights ---------------------------------------------------------------
+
+    def _norm(self, x: str, layer: str) -> str:
+        gamma = self._vector(f"{layer}.weight")
+        epsilon = self.spec.rms_norm_eps
+        return self.g.op("SimplifiedLayerNormalization", x, gamma, axis=-1, epsilon=epsilon)
+
+    def _linear(self, x: str, *layers: str, bias: bool, out: str = "") -> str:
+        """x [..., K] -> [..., N]: `layers` side by side as one product; they are alike."""
+        g, scheme = self.g, self.rows.scheme(layers[0])
+        added = self._vector(*(f"{layer}.bias" for layer in layers)) if bias else ""
+        if scheme is None:
+            weight = self._floats(*layers)
+            if not added:
+                return g.microsoft("FusedMatMul", x, weight, out=out, transB=1)
+            return g.op("Add", g.microsoft("FusedMatMul", x, weight, transB=1), added, out=out)
+        tied_head = layers == ("tokens",)
+        dynamic = self.rows.dynamic if tied_head else scheme.activation != "none"
+        size, columns = self.rows.shape(*layers)
+        weight, scales, zeros = self._integers(scheme, *layers)
+        inputs = [x, weight, scales, zeros, "", added]
+        while not inputs[-1]:
+            inputs.pop()
+        return g.microsoft(
+            "MatMulNBits",
+            *inputs,
+            out=out,
+            K=columns,
+            N=size,
+            bits=scheme.bits,
+            block_size=block_of(scheme, columns),
+            accuracy_level=4 if dynamic else 1,
+        )
+
+    def _alike(self, *layers: str) -> bool:
+        schemes = [self.rows.scheme(layer) for layer in layers]
+        return schemes.count(schemes[0]) == len(schemes)
+
+    # --- initializers ----------------------------------------------------------------------------
+
+    def _vector(self, *names: str) -> str:
+        name = "|".join(map(hf_name, names))
+        return self._store(name, np.float32, (self.rows.size(*names),), self.rows.floats(*names))
+
+    def _floats(self, *layers: str) -> str:
+        name = f"{_label(layers)}.weight"
+        weights = (f"{layer}.weight" for layer in layers)
+        return self._store(name, np.float32, self.rows.shape(*layers), self.rows.floats(*weights))
+
+    def _integers(
+        self, scheme: TensorScheme, *layers: str, flat: bool = False
+    ) -> tuple[str, str, str]:
+        """Weight uint8 [N, blocks, bytes], or `flat` [N, bytes]; scales [N, blocks]; zero points
+        ('' if symmetric).
+        """
+        rows, name = self.rows, _label(layers)
+        size, columns = rows.shape(*layers)
+        block, bits = block_of(scheme, columns), scheme.bits
+        blocks = columns // block
+        shape = (size, columns * bits // 8) if flat else (size, blocks, block * bits // 8)
+        weight = self._store(f"{name}.weight", np.uint8, shape, rows.integers(*layers))
+        scales = self._store(f"{name}.scales", np.float32, (size, blocks), rows.scales(*layers))
+        if scheme.symmetric:
+            return weight, scales, ""
+        packed = (size, -(-blocks * bits // 8))
+        zeros = rows.zero_points(*layers)
+        return weight, scales, self._store(f"{name}.zero_points", np.uint8, packed, zeros)
+
+    def _store(
+        self,
+        name: str,
+        dtype: type[np.generic],
+        shape: tuple[int, ...],
+        chunks: Iterator[npt.NDArray[Any]],
+    ) -> str:
+        """An initializer in the data file; one that was stored before is used again."""
+        if not self.g.holds(name):
+            self.g.external(self.data.write(name, dtype, shape, chunks))
+        return name
+
+
+def _label(layers: tuple[str, ...]) -> str:
+    """The name of a layer's initializers: the checkpoint's; packed layers joined by '|'."""
+    return "|".join(hf_name(f"{layer}.weight").removesuffix(".weight") for layer in layers)

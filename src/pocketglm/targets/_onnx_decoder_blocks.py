@@ -1,0 +1,140 @@
+"""Runs a written decoder file part by part, with activation quantization off.
+
+Every part (embeddings, one block, head) is a small model of its own: the nodes between two named
+values of the file's graph, over the same external data. So memory is that of one block, whatever
+the size of the file, and a wrong integer, scale or connection in the file still shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from pocketglm.contracts import Floats, Ids
+
+_PAST = "past_key_values."
+
+
+def decoder_blocks(file: Path, ids: Ids, mask: Ids) -> Iterator[tuple[str, Floats]]:
+    """ids, mask [B, S] -> values [B, S, H] of `embeddings` and each `block.I`; `head` [B, V].
+
+    Each block gets its input in two calls, so that the cache is used: all tokens of a row but its
+    last, then the last one. Rows have two tokens at least, and padding on the right.
+    """
+    parts = _Parts(file)
+    (x,) = parts.run("embeddings", {"input_ids": ids})
+    yield "embeddings", x
+    rows, last = np.arange(len(ids)), mask.sum(axis=1) - 1
+    prompt = mask.copy()
+    prompt[rows, last] = 0
+    name = "embeddings"
+    for index in range(parts.blocks):
+        before, name = name, f"block.{index}"
+        x = parts.block(name, before, x, prompt, mask, last)
+        yield name, x
+    (logits,) = parts.run("logits", {name: x[rows, last][:, None]})
+    yield "head", logits[:, 0]
+
+
+class _Parts:
+    """The graph of one file; its weights stay on the disk."""
+
+    def __init__(self, file: Path) -> None:
+        self.folder = file.parent
+        self.model = onnx.load(str(file), load_external_data=False)
+        graph = self.model.graph
+        self.makers = {name: node for node in graph.node for name in node.output if name}
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        self.past = {i.name: i for i in graph.input if i.name.startswith(_PAST)}
+        self.blocks = len(self.past) // 2
+
+    def block(
+        self, name: str, before: str, x: Floats, prompt: Ids, mask: Ids, last: npt.NDArray[Any]
+    ) -> Floats:
+        """One block's output [B, S, H] for its input x [B, S, H], prompt and last token apart."""
+        index = name.removeprefix("block.")
+        past = [f"{_PAST}{index}.{part}" for part in ("key", "value")]
+        present = [f"present.{index}.{part}" for part in ("key", "value")]
+        session = self.session([name, *present], [before, "attention_mask", *past])
+        heads, size = (self.past[past[0]].type.tensor_type.shape.dim[i].dim_value for i in (1, 3))
+        nothing = np.zeros((len(x), heads, 0, size), np.float32)
+        # The columns that hold a prompt; the last token's slot may lie behind them.
+        width = int(prompt.sum(axis=1).max())
+        feed = {before: x[:, :width], "attention_mask": prompt[:, :width]}
+        y, *cache = session.run(None, feed | dict.fromkeys(past, nothing))
+        rows = np.arange(len(x))
+        feed = {before: x[rows, last][:, None], "attention_mask": mask[:, : width + 1]}
+        step, *_ = session.run(None, feed | dict(zip(past, cache, strict=True)))
+        out = np.zeros_like(x)
+        out[:, :width] = y
+        out[rows, last] = step[:, 0]
+        return out
+
+    def run(self, output: str, feed: dict[str, npt.NDArray[Any]]) -> list[Floats]:
+        """The value `output` for given values of the graph."""
+        found: list[Floats] = self.session([output], list(feed)).run(None, feed)
+        return found
+
+    def session(self, outputs: list[str], inputs: list[str]) -> ort.InferenceSession:
+        """A session of the nodes from `inputs` to `outputs` alone."""
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = 1  # the caller computes on the other cores meanwhile
+        options.enable_cpu_mem_arena = False  # the memory goes back with the session
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self.folder)
+        )
+        data = self._extract(outputs, inputs).SerializeToString()
+        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+    def _extract(self, outputs: list[str], inputs: list[str]) -> ModelProto:
+        wanted, seen = list(outputs), set(inputs)
+        nodes: dict[int, NodeProto] = {}
+        constants: dict[str, TensorProto] = {}
+        while wanted:
+            name = wanted.pop()
+            if not name or name in seen:
+                continue
+            seen.add(name)
+            if name in self.constants:
+                constants[name] = self.constants[name]
+                continue
+            node = self.makers[name]
+            nodes[id(node)] = node
+            wanted.extend(node.input)
+        used = {name for node in nodes.values() for name in node.input}
+        graph = helper.make_graph(
+            [_in_float(node) for node in self.model.graph.node if id(node) in nodes],
+            "part",
+            [_port(name) for name in inputs if name in used],
+            [_port(name) for name in outputs],
+            list(constants.values()),
+        )
+        return helper.make_model(
+            graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version
+        )
+
+
+def _port(name: str) -> onnx.ValueInfoProto:
+    integers = name in ("input_ids", "attention_mask")
+    return helper.make_tensor_value_info(
+        name, TensorProto.INT64 if integers else TensorProto.FLOAT, None
+    )
+
+
+def _in_float(node: NodeProto) -> NodeProto:
+    """The node itself, or MatMulNBits with float activations."""
+    if node.op_type != "MatMulNBits":
+        return node
+    exact = NodeProto()
+    exact.CopyFrom(node)
+    next(a for a in exact.attribute if a.name == "accuracy_level").i = 1
+    return exact

@@ -1,0 +1,110 @@
+"""A decoder's folder: onnxruntime-genai opens it as it is, and so does plain ONNX Runtime.
+
+model.onnx is small; every weight lies in model.onnx.data, which is written as the checkpoint is
+read, a chunk at a time.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import torch
+
+from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.artifacts.manifest import write_json
+from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.contracts import ExportOptions, Lowered, Reporter
+from pocketglm.model.hf import (
+    decoder_config,
+    decoder_spec_of,
+    eos_ids_of,
+    is_embedding,
+    max_length_of,
+)
+from pocketglm.runtimes._cores import usable_cores
+from pocketglm.targets._onnx_decoder import OPSET, DecoderGraph
+from pocketglm.targets._onnx_external import ExternalData
+from pocketglm.targets._onnx_folder import oldest_runtime, part_bytes, port, write_tokenizer
+from pocketglm.targets._onnx_genai import genai_config
+from pocketglm.targets._onnx_rows import BLOCKS, Rows, block_of, stored_shape
+
+MODEL = "model.onnx"
+_SIXTEEN = 16  # GroupQueryAttention's rotary kernel takes features by this many
+
+
+def supports(ckpt: Checkpoint, options: ExportOptions) -> list[str]:
+    """The reasons why this decoder cannot be lowered; empty if it can."""
+    spec = decoder_spec_of(ckpt)
+    reasons = []
+    if options.opset not in (None, OPSET):
+        reasons.append(
+            f"opset {options.opset}: a decoder needs ONNX Runtime's own operators and is written "
+            f"for opset {OPSET}: leave --opset out"
+        )
+    for what, size in (("head_dim", spec.head_dim), ("rotary dims", spec.rope.dims)):
+        if size % _SIXTEEN:
+            reasons.append(f"{what} {size}: GroupQueryAttention takes multiples of {_SIXTEEN} only")
+    found: dict[str, list[str]] = {}
+    for name, scheme in ckpt.manifest.schemes.items():
+        if reason := _refusal(scheme, stored_shape(ckpt, name)[1]):
+            found.setdefault(reason, []).append(name)
+    for reason, names in found.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        reasons.append(f"{names[0]}{more}: {reason}")
+    return reasons
+
+
+def _refusal(scheme: TensorScheme, columns: int) -> str:
+    if scheme.activation == "static":
+        return "activation static: this target quantizes activations dynamically or not at all"
+    if block_of(scheme, columns):
+        return ""
+    if scheme.group_size is not None:
+        return f"group_size {scheme.group_size}: the operators know {sorted(BLOCKS)}"
+    return f"K = {columns} is not a multiple of {min(BLOCKS)}"
+
+
+def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporter) -> Lowered:
+    """Write model, external data, genai_config.json, config.json and tokenizer into `out`."""
+    spec = decoder_spec_of(ckpt)
+    context = options.max_length or max_length_of(ckpt)
+    with ExternalData(out / f"{MODEL}.data") as data:
+        graph = DecoderGraph(spec, Rows(ckpt), data, context, last=options.logits == "last")
+        model = graph.build(reporter)
+    onnx.save(model, str(out / MODEL))
+    genai = genai_config(
+        spec,
+        eos_ids_of(ckpt),
+        model_file=MODEL,
+        context=context,
+        threads=options.threads or usable_cores(),
+        spinning=options.spinning,
+    )
+    write_json(out / "genai_config.json", genai)
+    config = decoder_config(spec, ckpt, torch.float32) | {"max_position_embeddings": context}
+    write_json(out / "config.json", config)
+    write_tokenizer(ckpt, out, context)
+    operators = graph.g.operators
+    return Lowered(
+        model_file=MODEL,
+        inputs=[
+            *(port(key, "int64", shape) for key, shape in graph.inputs.items()),
+            *(port(key, "float32", shape) for key, shape in graph.past.items()),
+        ],
+        outputs=[port(key, "float32", shape) for key, shape in graph.outputs.items()],
+        operators=operators,
+        minimum={
+            "onnxruntime": oldest_runtime(ckpt.manifest.schemes.values(), operators),
+            "opset": str(OPSET),
+        },
+        parts=part_bytes(graph.g),
+        activation=_activation(ckpt),
+    )
+
+
+def _activation(ckpt: Checkpoint) -> str:
+    """What the body's linear layers do to their inputs; every dynamic form is by block here."""
+    schemes = [s for name, s in ckpt.manifest.schemes.items() if not is_embedding(name)]
+    found = {"none" if s.activation == "none" else "dynamic_block" for s in schemes} or {"none"}
+    return found.pop() if len(found) == 1 else "mixed"
