@@ -203,3 +203,10 @@ def test_template_in_the_config_or_in_its_own_file(tmp_path: Path) -> None:
 def test_named_templates(tmp_path: Path, value: object, expected: str | None) -> None:
     config(tmp_path, value)
     assert read_template(tmp_path) == expected
+
+
+def test_a_template_file_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{")
+    with pytest.raises(CheckpointError, match=r"chat_template.jinja is not UTF-8") as error:
+        read_template(tmp_path)
+    assert error.value.hint

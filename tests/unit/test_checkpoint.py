@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pocketglm.artifacts.checkpoint import Checkpoint, model_folder, read_json
+from pocketglm.artifacts.checkpoint import Checkpoint, model_folder, read_json, remote_code_hint
 from pocketglm.artifacts.manifest import Manifest, write_json
 from pocketglm.artifacts.safetensors import write_file
 from pocketglm.errors import CheckpointError, UsageError
@@ -222,6 +222,54 @@ def test_remote_code_is_refused(folder: Path, how: str) -> None:
     else:
         (folder / "modeling_x.py").write_text("raise SystemExit('it ran')")
     refused(folder, "remote code", "does not run")
+
+
+def test_remote_code_is_named_before_pickles(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "config.json").write_text('{"model_type": "chatglm"}')
+    error = refused(folder, "no *.safetensors", "remote code", "does not run")
+    assert "zai-org/glm-4-9b-chat-hf" in error.hint
+
+
+def test_the_repository_to_use_instead_of_remote_code() -> None:
+    twin = "use zai-org/glm-4-9b-chat-1m-hf, the same model in the Hugging Face format"
+    assert remote_code_hint(Path("x/GLM-4-9b-chat-1m"), {}) == twin
+    named = {"_name_or_path": "THUDM/glm-4-9b-chat-1m"}
+    assert remote_code_hint(Path("x"), named) == twin
+    for config in ({"model_type": "chatglm"}, {"architectures": ["GLMModel"]}):
+        assert "zai-org/GLM-4-9B-0414" in remote_code_hint(Path("x"), config)
+    other = remote_code_hint(Path("x"), {"model_type": "frobnet"})
+    assert "Hugging Face format" in other
+    assert "zai-org" not in other
+
+
+def test_a_folder_of_models(folder: Path) -> None:
+    with pytest.raises(UsageError, match=rf"no model folder itself; it holds {folder.name}$") as e:
+        Checkpoint.open(folder.parent)
+    assert e.value.hint == f"use {folder}"
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    file = tmp_path / "m-q4.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"m-q4.gguf is GGUF: an export") as error:
+        model_folder(file)
+    assert "safetensors" in error.value.hint
+    refused(tmp_path, "holds GGUF only (m-q4.gguf)")
+
+
+def test_a_missing_folder_beside_others_is_no_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b", "a", *(f"m{n}" for n in range(20))):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="runs/c does not exist") as error:
+        model_folder("runs/c")
+    assert "runs holds a, b, m0" in error.value.hint
+    assert len(error.value.hint) < 120
+    with pytest.raises(UsageError, match="does not download"):
+        model_folder("walks/c")
 
 
 def test_no_weights_at_all(folder: Path) -> None:

@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
+from pocketglm.data.tokenizer_training import byte_tokenizer
 from pocketglm.errors import CheckpointError, DataError, UsageError
 from pocketglm.text.tokenizer import TOKENIZER_FILES, Tokenizer
 
@@ -229,3 +230,58 @@ def test_closing_token_survives_a_cut(tmp_path: Path) -> None:
     got = Tokenizer.load(save(tmp_path, inner)).encode(["a b a b a"], 4)
     assert got.ids.tolist() == [[2, 0, 1, 3]]
     assert got.truncated == 1
+
+
+# --- prompts of decoders -------------------------------------------------------------------------
+
+
+def decoder_tokenizer(single: str, config: dict[str, Any] | None = None) -> Tokenizer:
+    inner = byte_tokenizer()
+    inner.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<sop>", 3), ("[gMASK]", 2), ("<|endoftext|>", 1)]
+    )
+    return Tokenizer(inner, config or {})
+
+
+def test_a_prompt_has_the_tokens_before_a_text_and_none_behind() -> None:
+    plain = Tokenizer(byte_tokenizer(), {})
+    text = plain.encode_prompt("hi<|user|>")
+    assert len(text) == 3
+    for single, before in (
+        ("$A", []),
+        ("<sop> $A", [3]),
+        ("[gMASK] <sop> $A <|endoftext|>", [2, 3]),
+    ):
+        tokenizer = decoder_tokenizer(single)
+        assert tokenizer.encode_prompt("hi<|user|>") == before + text
+        assert tokenizer.encode_prompt("hi<|user|>", special=False) == text
+    assert decoder_tokenizer("<sop> $A").encode_prompt("") == [3]
+    assert len(plain.encode_prompt("x" * 5000)) == 5000
+
+
+def test_a_beginning_token_that_only_the_config_names() -> None:
+    config = {"bos_token": {"content": "<sop>"}, "add_bos_token": True}
+    assert decoder_tokenizer("$A", config).encode_prompt("h")[0] == 3
+    assert decoder_tokenizer("<sop> $A", config).encode_prompt("h")[:2].count(3) == 1
+    silent = config | {"add_bos_token": False}
+    assert len(decoder_tokenizer("$A", silent).encode_prompt("h")) == 1
+
+
+def test_a_prompt_that_is_not_unicode() -> None:
+    with pytest.raises(DataError, match=r"not valid Unicode: 'a\\ud83d'"):
+        Tokenizer(byte_tokenizer(), {}).encode_prompt("a\ud83d")
+
+
+def test_decoding_leaves_special_and_unknown_ids_out() -> None:
+    tokenizer = Tokenizer(byte_tokenizer(), {})
+    ids = tokenizer.encode_prompt("<|user|>打开 hi")
+    assert tokenizer.decode([*ids, 99999]) == "打开 hi"
+    assert tokenizer.decode([]) == ""
+
+
+def test_special_tokens_by_name() -> None:
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None, "x": "y"}
+    assert Tokenizer(byte_tokenizer(), config).special_tokens == {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }

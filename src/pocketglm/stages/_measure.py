@@ -1,11 +1,12 @@
 """One model in a process of its own: load time, latency of single calls, peak memory.
 
-    python -m pocketglm.stages._measure PATH BATCH TOKENS [THREADS]
+    python -m pocketglm.stages._measure PATH BATCH TOKENS [THREADS [NEW_TOKENS [RUNTIME]]]
 
 The process opens the model, tells what it is, then answers one JSON line per line it reads:
-`{"runs": k}` or `{"seconds": s}` -> latencies in ms. At the end of its input it tells its peak
-memory. `Worker` is the other side. Nothing here imports torch, so the peak of an exported model is
-that of Python, the runtime and the model alone.
+`{"runs": k}` or `{"seconds": s}` -> latencies in ms; of a decoder, of the whole prompt and, as
+`steps`, of each of NEW_TOKENS after it. THREADS 0: the model's default. At the end of its input it
+tells its peak memory. `Worker` is the other side. Nothing here imports torch, so the peak of an
+exported model is that of Python, the runtime and the model alone.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from typing import IO, Any, cast
 import numpy as np
 
 from pocketglm.artifacts.checkpoint import read_json
-from pocketglm.contracts import EncoderSession, Ids, RunOptions
+from pocketglm.contracts import DecoderSession, EncoderSession, Ids, RunOptions
 from pocketglm.errors import InputError, MissingExtraError, PocketError, UsageError, WorkError
-from pocketglm.runtimes import open_encoder
+from pocketglm.runtimes import open_session
 
 
 def peak_rss() -> int:
@@ -63,7 +64,57 @@ def timed(session: EncoderSession, ids: Ids, mask: Ids, runs: int, seconds: floa
     return out
 
 
-def serve(path: Path, batch: int, tokens: int, threads: int | None, answers: IO[str]) -> None:
+def timed_text(
+    session: DecoderSession, ids: Ids, prompt: int, runs: int, seconds: float
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of each prompt, the first `prompt` of `ids`, and of each step over the others:
+    at least `runs` texts, and going on for `seconds`."""
+    tokens = ids.tolist()
+    prompts: list[float] = []
+    steps: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(prompts) < runs or time.perf_counter() < end:
+        session.rewind(session.length)
+        start = time.perf_counter()
+        session.prefill(tokens[:prompt])
+        prompts.append((time.perf_counter() - start) * 1e3)
+        for token in tokens[prompt:]:
+            start = time.perf_counter()
+            session.step(token)
+            steps.append((time.perf_counter() - start) * 1e3)
+    return prompts, steps
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is measured: `batch` texts of `tokens`, of a decoder one prompt of `tokens` and
+    `new_tokens` steps after it. threads: None = the model's default; runtime: None = its own."""
+
+    path: Path
+    batch: int = 1
+    tokens: int = 32
+    threads: int | None = None
+    new_tokens: int = 0
+    runtime: str | None = None
+
+    @property
+    def arguments(self) -> list[str]:
+        """For the process."""
+        numbers = (self.batch, self.tokens, self.threads or 0, self.new_tokens)
+        return [str(self.path), *map(str, numbers), *([self.runtime] if self.runtime else [])]
+
+    @classmethod
+    def read(cls, arguments: list[str]) -> Load:
+        """From the process's arguments; those left out have their defaults."""
+        path, *rest = arguments
+        runtime = rest[4] if len(rest) > 4 else None
+        batch, tokens, threads, new = (
+            int(value) for value in (*rest[:4], *("1", "32", "0", "0")[len(rest) :])
+        )
+        return cls(Path(path), batch, tokens, threads or None, new, runtime)
+
+
+def serve(load: Load, answers: IO[str]) -> None:
     """The process's whole life; see the module's docstring."""
 
     def answer(**value: Any) -> None:
@@ -71,21 +122,37 @@ def serve(path: Path, batch: int, tokens: int, threads: int | None, answers: IO[
         answers.flush()
 
     start = time.perf_counter()
-    session = open_encoder(path, RunOptions(threads=threads))
-    load = (time.perf_counter() - start) * 1e3
-    if tokens > session.info.max_length:
-        raise UsageError(
-            f"{path} takes at most {session.info.max_length} tokens, asked for {tokens}",
-            f"use --tokens {session.info.max_length} or fewer",
-        )
-    ids, mask = sample(path, batch, tokens)
-    answer(runtime=session.info.runtime, threads=session.info.threads, load_ms=load)
+    session = open_session(load.path, RunOptions(threads=load.threads), load.runtime)
+    load_ms = (time.perf_counter() - start) * 1e3
+    _check_room(load, session.info.max_length)
+    ids, mask = sample(load.path, load.batch, load.tokens + load.new_tokens)
+    answer(runtime=session.info.runtime, threads=session.info.threads, load_ms=load_ms)
     for line in sys.stdin:
         asked = json.loads(line)
         runs, seconds = int(asked.get("runs", 1)), float(asked.get("seconds", 0.0))
-        answer(ms=timed(session, ids, mask, runs, seconds))
+        if session.info.kind == "encoder":
+            answer(ms=timed(cast(EncoderSession, session), ids, mask, runs, seconds))
+        else:
+            decoder = cast(DecoderSession, session)
+            prompts, steps = timed_text(decoder, ids[0], load.tokens, runs, seconds)
+            answer(ms=prompts, steps=steps)
     session.close()
     answer(peak_rss=peak_rss())
+
+
+def _check_room(load: Load, limit: int) -> None:
+    if load.tokens + load.new_tokens <= limit:
+        return
+    if load.new_tokens:
+        raise UsageError(
+            f"{load.path} has a context of {limit} tokens, asked for {load.tokens} and "
+            f"{load.new_tokens} new ones",
+            f"for example --tokens {max(limit // 2, 1)} --new-tokens {max(limit // 4, 1)}",
+        )
+    raise UsageError(
+        f"{load.path} takes at most {limit} tokens, asked for {load.tokens}",
+        f"use --tokens {limit} or fewer",
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -93,10 +160,8 @@ def main(arguments: list[str]) -> int:
     # Libraries print to stdout; the answers get a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    path, batch, tokens = Path(arguments[0]), int(arguments[1]), int(arguments[2])
-    threads = int(arguments[3]) if len(arguments) > 3 else None
     try:
-        serve(path, batch, tokens, threads, answers)
+        serve(Load.read(arguments), answers)
     except PocketError as error:
         told = {"message": error.message, "hint": error.hint, "code": error.exit_code}
         answers.write(json.dumps({"error": told}) + "\n")
@@ -114,12 +179,15 @@ class Worker:
 
     path: an export or checkpoint folder. Latencies in milliseconds, memory in bytes.
     threads: what to ask for, None = the model's default; used_threads: what the session has.
+    new_tokens, asked: of a decoder, steps after each prompt; the runtime to open it with.
     """
 
     path: Path
     batch: int = 1
     tokens: int = 32
     threads: int | None = None
+    new_tokens: int = 0
+    asked: str | None = None
     runtime: str = ""
     used_threads: int = 0
     load_ms: float = 0.0
@@ -129,9 +197,8 @@ class Worker:
     _errors: IO[str] = field(init=False, repr=False)
 
     def __enter__(self) -> Worker:
-        command = [sys.executable, "-m", "pocketglm.stages._measure", str(self.path)]
-        command += [str(self.batch), str(self.tokens)]
-        command += [str(self.threads)] if self.threads else []
+        load = Load(self.path, self.batch, self.tokens, self.threads, self.new_tokens, self.asked)
+        command = [sys.executable, "-m", "pocketglm.stages._measure", *load.arguments]
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self._process = subprocess.Popen(
             command,
@@ -159,15 +226,21 @@ class Worker:
         return self._process.pid
 
     def run(self, runs: int = 1, seconds: float = 0.0) -> list[float]:
-        """Latencies of at least `runs` calls, going on for `seconds`.
+        """Latencies of at least `runs` calls, going on for `seconds`; of a decoder, of prompts.
 
         Raises:
             WorkError: the process died.
         """
+        return self.texts(runs, seconds)[0]
+
+    def texts(self, runs: int = 1, seconds: float = 0.0) -> tuple[list[float], list[float]]:
+        """As `run`, and beside it the latencies of a decoder's steps."""
         with contextlib.suppress(BrokenPipeError):  # it died; reading tells why
             self._asks.write(json.dumps({"runs": runs, "seconds": seconds}) + "\n")
             self._asks.flush()
-        return [float(value) for value in self._read()["ms"]]
+        told = self._read()
+        prompts, steps = ([float(value) for value in told.get(key, [])] for key in ("ms", "steps"))
+        return prompts, steps
 
     def close(self) -> int:
         """End the process and return its peak resident memory in bytes."""

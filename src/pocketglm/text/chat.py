@@ -18,10 +18,17 @@ Message = Mapping[str, str]
 
 
 def read_template(folder: Path) -> str | None:
-    """The folder's chat template, or None."""
+    """The folder's chat template, or None.
+
+    Raises:
+        CheckpointError: its file cannot be read.
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file} is not UTF-8: {error}", "download it again") from error
     config = folder / "tokenizer_config.json"
     value = read_json(config).get("chat_template") if config.is_file() else None
     if isinstance(value, list):  # several named templates: the default one

@@ -21,6 +21,15 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "chat_template.jinja",
 )
+SPECIAL_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +80,22 @@ class Tokenizer:
         return cls(inner, read_json(config_file) if config_file.is_file() else {})
 
     def _id(self, key: str, *usual: str) -> int | None:
+        for token in (self._token(key), *usual):
+            if token is not None and (found := self.inner.token_to_id(token)) is not None:
+                return int(found)
+        return None
+
+    def _token(self, key: str) -> str | None:
         value = self.config.get(key)
         if isinstance(value, dict):
             value = value.get("content")
-        for token in (value, *usual):
-            if isinstance(token, str) and (found := self.inner.token_to_id(token)) is not None:
-                return int(found)
-        return None
+        return value if isinstance(value, str) else None
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """`bos_token`, `eos_token`, ... as a chat template names them; those that there are."""
+        found = {key: self._token(key) for key in SPECIAL_TOKENS}
+        return {key: token for key, token in found.items() if token is not None}
 
     @property
     def size(self) -> int:
@@ -104,10 +122,7 @@ class Tokenizer:
         try:
             rows = self.inner.encode_batch(list(texts))
         except TypeError as error:  # what the library makes of half a surrogate pair
-            bad = next((ascii(t) for t in texts if not _is_unicode(t)), "")
-            raise DataError(
-                f"a text is not valid Unicode: {bad[:80]}", "save it as UTF-8 and try again"
-            ) from error
+            raise _not_unicode(texts) from error
         finally:
             self.inner.no_truncation()
         width = max((len(row.ids) for row in rows), default=0)
@@ -123,6 +138,34 @@ class Tokenizer:
         truncated = sum(bool(row.overflowing) for row in rows)
         return Encoded(ids, mask, truncated, unknown, tokens)
 
+    def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text that a decoder shall continue, at any length.
+
+        special: put the tokens before it that the tokenizer puts before every text (a
+        beginning-of-text token); one that it puts behind is left out. A chat template writes its
+        own.
+
+        Raises:
+            DataError: the text is not Unicode.
+        """
+        try:
+            row = self.inner.encode(text, add_special_tokens=special)
+        except TypeError as error:
+            raise _not_unicode([text]) from error
+        ids = list(row.ids)
+        if not special:
+            return ids
+        own = [index for index, part in enumerate(row.sequence_ids) if part is not None]
+        ids = ids[: own[-1] + 1] if own else ids
+        bos = self._id("bos_token")
+        if self.config.get("add_bos_token") is True and bos is not None and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens; ids that it does not know are nothing."""
+        return self.inner.decode(list(ids), skip_special_tokens=True)
+
     def check_vocabulary(self, vocab_size: int, folder: Path) -> None:
         """Raises CheckpointError if the tokenizer can emit ids that the model has no row for."""
         if self.size > vocab_size:
@@ -131,6 +174,11 @@ class Tokenizer:
                 f"has {vocab_size} rows",
                 "the tokenizer belongs to another model: copy the right tokenizer.json",
             )
+
+
+def _not_unicode(texts: Sequence[str]) -> DataError:
+    bad = next((ascii(t) for t in texts if not _is_unicode(t)), "")
+    return DataError(f"a text is not valid Unicode: {bad[:80]}", "save it as UTF-8 and try again")
 
 
 def _is_unicode(text: str) -> bool:
