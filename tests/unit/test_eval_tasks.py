@@ -213,7 +213,7 @@ def test_cosine_parity(models: tuple[Path, Path]) -> None:
 
 
 def test_tasks_are_registered() -> None:
-    assert registry.names("eval") == ["embed", "intent"]
+    assert registry.names("eval") == ["command", "embed", "intent", "lm"]
     for name in registry.names("eval"):
         assert isinstance(registry.load("eval", name), Task)
 

@@ -36,7 +36,8 @@ from pocketglm.model.hf import labels_of, load_encoder, max_length_of, save_enco
 from pocketglm.model.spec import EncoderSpec
 from pocketglm.text.tokenizer import Tokenizer
 from pocketglm.train._rows import choose_length, pad, read_rows, tokenize
-from pocketglm.train.finetune import FinetuneConfig, _prepare, finetune
+from pocketglm.train._encoder_job import LabelledRows, prepare_classifier
+from pocketglm.train.finetune import FinetuneConfig, finetune
 from pocketglm.train.loop import CHECKPOINT
 
 WORKER = Path(__file__).with_name("train_worker.py")
@@ -285,8 +286,8 @@ def test_the_loss_is_weighted_cross_entropy(encoder: Path, tmp_path: Path) -> No
     write_split(folder, "train", [row for row in rows if row["label"] == "alarm"] + rare)
     write_split(folder, "validation", rare)
     told, settings = Told(), config(folder, class_weights=True, label_smoothing=0.2)
-    train, validation = read_rows(settings.options)
-    job = _prepare(Checkpoint.open(encoder), settings, train, validation, told)
+    rows = LabelledRows(*read_rows(settings.options))
+    job = prepare_classifier(Checkpoint.open(encoder), settings, rows, told)
     assert told.lines[2:] == [
         "warning: label 'alarm' has 20 times the rows of 'music' (100 and 5); "
         "consider --class-weights or more rows"

@@ -17,7 +17,7 @@ from pocketglm.cli._common import (
     TextColumnName,
     Threads,
     emit,
-    percent,
+    metric_row,
     table,
 )
 from pocketglm.contracts import DataOptions, RunOptions
@@ -26,13 +26,17 @@ from pocketglm.eval._evaluate import evaluate
 
 def main(
     path: Annotated[Path, typer.Argument(help="Checkpoint or export folder.")],
-    task: Annotated[str, typer.Option(help="intent or embed.")],
+    task: Annotated[str, typer.Option(help="intent, embed, command or lm.")],
     data: Annotated[Path, typer.Option(help=DATA_HELP)],
     text_column: TextColumnName = "text",
     label_column: LabelColumnName = "label",
     oos_label: OosLabel = "oos",
     max_length: MaxLength = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score at most this many rows.")] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="With --task lm: a model to tell the divergence and flip rate from."),
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -46,13 +50,11 @@ def main(
             max_length=max_length,
             options=RunOptions(threads=threads),
             reporter=reporter,
+            baseline=baseline,
         )
 
     def words() -> None:
-        rows = [
-            [name, percent(m.value), f"{percent(m.low)} .. {percent(m.high)}", str(m.n)]
-            for name, m in result.metrics.items()
-        ]
+        rows = [metric_row(name, metric) for name, metric in result.metrics.items()]
         table(
             f"{result.path} on {result.data} ({result.split})",
             ["metric", "value", "95 % interval", "n"],

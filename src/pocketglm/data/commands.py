@@ -92,7 +92,7 @@ def labels(language: str = "en") -> list[str]:
     return sorted(grammar(_languages(language)[0]).intents)
 
 
-def action_of(intent: str, slots: Mapping[str, str]) -> str:
+def action_of(intent: str, slots: Mapping[str, str | Sequence[str]]) -> str:
     """The phone agent's call for an intent, e.g. `do(action="Launch", app="Maps")`.
 
     Raises:
@@ -102,10 +102,13 @@ def action_of(intent: str, slots: Mapping[str, str]) -> str:
         return 'finish(message="out of scope")'
     if intent not in ACTIONS:
         raise UsageError(f"unknown intent '{intent}'", nearest(intent, ACTIONS))
-    arguments = {**ACTIONS[intent], **slots}
-    return (
-        f"do({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in arguments.items())})"
-    )
+    return call_of({**ACTIONS[intent], **slots})
+
+
+def call_of(arguments: Mapping[str, str | Sequence[str]]) -> str:
+    """The call with these arguments, each as a JSON value: `do(action="Launch", app="Maps")`."""
+    written = (f"{name}={json.dumps(v, ensure_ascii=False)}" for name, v in arguments.items())
+    return f"do({', '.join(written)})"
 
 
 def generate(

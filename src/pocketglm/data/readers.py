@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import random
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from pocketglm.contracts import DataOptions
 from pocketglm.data import commands
@@ -31,9 +32,22 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".csv")
 # of a single file, by the last digit of the hash; else train
 _HELD_OUT: dict[int, Split] = {0: "validation", 1: "test"}
 _LIMIT_SEED = 0
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 # line number from 1, row
 Row = tuple[int, dict[str, Any]]
+
+
+class Labelled(Protocol):
+    """What a row must have to be divided into splits."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+
+
+T = TypeVar("T", bound=Labelled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +74,45 @@ def read_split(options: DataOptions, split: Split, *, training: bool = False) ->
     Raises:
         DataError: nothing at the path, no such split in the folder, or rows that cannot be used.
     """
+    return read_rows(options, split, _read_examples, _embedded_example, training=training)
+
+
+def _embedded_example(row: commands.Command) -> Example:
+    return Example(row.text, row.intent)
+
+
+def read_rows(
+    options: DataOptions,
+    split: Split,
+    read_file: Callable[[Path, DataOptions], list[T]],
+    embedded: Callable[[commands.Command], T],
+    *,
+    training: bool = False,
+) -> list[T]:
+    """`read_split` for rows of any kind.
+
+    read_file: the rows of one file. embedded: a row of the embedded set.
+    """
     path = options.path
     if path.name == str(path) and path.name in EMBEDDED and not path.exists():
         made = commands.generate(split, EMBEDDED[path.name])
-        return _limited([Example(row.text, row.intent) for row in made], options.limit)
+        return _limited([embedded(row) for row in made], options.limit)
     if path.is_dir():
-        return _limited(_read_examples(_split_file(path, split), options), options.limit)
-    examples = _read_examples(path, options)
+        return _limited(read_file(split_file(path, split), options), options.limit)
+    rows = read_file(path, options)
     if training or options.divided_by:
-        keys = examples
+        keys: Sequence[Labelled] = rows
         if options.divided_by not in (None, (options.text_column, options.label_column)):
             text, label = options.divided_by
-            keys = _read_examples(path, replace(options, text_column=text, label_column=label))
-        examples = [e for e, part in zip(examples, _parts(keys), strict=True) if part == split]
-        if not examples and not training:
+            keys = read_file(path, replace(options, text_column=text, label_column=label))
+        rows = [row for row, part in zip(rows, _parts(keys), strict=True) if part == split]
+        if not rows and not training:
             raise DataError(
                 f"the model was trained on this file, and no row was held out for {split}",
                 "give rows that it was not trained on",
                 path=path,
             )
-    return _limited(examples, options.limit)
+    return _limited(rows, options.limit)
 
 
 def read_texts(path: Path, text_column: str = "text") -> list[str]:
@@ -94,17 +127,18 @@ def read_texts(path: Path, text_column: str = "text") -> list[str]:
         if not texts:
             raise _empty(path)
         return texts
-    for line, row in _rows(path):
+    for line, row in file_rows(path):
         if not texts:
-            text_column = _text_column(row, text_column)
-        texts.append(_text(row, text_column, path, line))
+            text_column = text_column_of(row, text_column)
+        texts.append(text_of(row, text_column, path, line))
     return texts
 
 
 # --- finding the file --------------------------------------------------------------------------
 
 
-def _split_file(folder: Path, split: Split) -> Path:
+def split_file(folder: Path, split: Split) -> Path:
+    """The file of a folder that holds a split; DataError where there is none."""
     for suffix in SUFFIXES:
         if (folder / f"{split}{suffix}").is_file():
             return folder / f"{split}{suffix}"
@@ -116,7 +150,7 @@ def _split_file(folder: Path, split: Split) -> Path:
     )
 
 
-def _parts(examples: list[Example]) -> list[Split]:
+def _parts(examples: Sequence[Labelled]) -> list[Split]:
     """The split of each row of a single file."""
     hashes = (sha256(e.text.encode(errors="surrogatepass")).hexdigest() for e in examples)
     parts: list[Split] = [_HELD_OUT.get(int(digits, 16) % 10, "train") for digits in hashes]
@@ -126,7 +160,7 @@ def _parts(examples: list[Example]) -> list[Split]:
     return ["train" if e.text in given_back else p for e, p in zip(examples, parts, strict=True)]
 
 
-def _limited(examples: list[Example], limit: int | None) -> list[Example]:
+def _limited(examples: list[T], limit: int | None) -> list[T]:
     if limit is None or limit >= len(examples):
         return examples
     return random.Random(_LIMIT_SEED).sample(examples, len(examples))[:limit]
@@ -138,23 +172,25 @@ def _limited(examples: list[Example], limit: int | None) -> list[Example]:
 def _read_examples(path: Path, options: DataOptions) -> list[Example]:
     examples: list[Example] = []
     text, label = options.text_column, options.label_column
-    for line, row in _rows(path):
+    for line, row in file_rows(path):
         if not examples:  # the first row decides for the file
-            text, label = _text_column(row, text), _label_column(row, label)
-        examples.append(Example(_text(row, text, path, line), _label(row, label, path, line)))
+            text, label = text_column_of(row, text), label_column_of(row, label)
+        examples.append(Example(text_of(row, text, path, line), label_of(row, label, path, line)))
     return examples
 
 
-def _text_column(row: dict[str, Any], asked: str) -> str:
+def text_column_of(row: dict[str, Any], asked: str) -> str:
+    """`asked`, or `tokens` where the usual column is not there; the first row decides."""
     is_tokens = isinstance(row.get("tokens"), list)
     return "tokens" if asked == "text" and asked not in row and is_tokens else asked
 
 
-def _label_column(row: dict[str, Any], asked: str) -> str:
+def label_column_of(row: dict[str, Any], asked: str) -> str:
+    """`asked`, or `intent` where the usual column is not there; the first row decides."""
     return "intent" if asked == "label" and asked not in row and "intent" in row else asked
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def file_rows(path: Path) -> Iterator[Row]:
     """The rows of a file, at least one, each a mapping."""
     if not path.is_file():
         raise DataError(
@@ -223,16 +259,13 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
+    lines = (line for _, line in _lines(path))
+    first = next(lines, "")
+    reader = csv.DictReader(itertools.chain([first], lines), strict=True)
     try:
+        _check_separator(first, path)
         header = reader.fieldnames or []
-        if any(not name.strip() for name in header):
-            raise DataError(
-                f"the header has an unnamed column: {', '.join(header)}",
-                "the first line of a CSV file names its columns",
-                path=path,
-                line=1,
-            )
+        _check_header(header, path)
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(
@@ -249,12 +282,38 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         ) from error
 
 
-def _text(row: dict[str, Any], column: str, path: Path, line: int) -> str:
+def _check_separator(line: str, path: Path) -> None:
+    """Refuse a header that is divided by something else than commas."""
+    found = [name for mark, name in _SEPARATORS.items() if mark in line]
+    if found and "," not in line:
+        raise DataError(
+            f"the columns are separated by {found[0]}, not commas: {line.strip()[:60]}",
+            "save the file as comma-separated CSV, or as JSONL",
+            path=path,
+            line=1,
+        )
+
+
+def _check_header(names: Sequence[str], path: Path) -> None:
+    """Each column needs a name of its own."""
+    shown = ", ".join(names)
+    if any(not name.strip() for name in names):
+        message = f"the header has an unnamed column: {shown}"
+    elif twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        message = f"the header has the column '{twice[0]}' more than once: {shown}"
+    else:
+        return
+    hint = "the first line of a CSV file names its columns, each once"
+    raise DataError(message, hint, path=path, line=1)
+
+
+def text_of(row: dict[str, Any], column: str, path: Path, line: int) -> str:
+    """The text in a column, or its joined tokens; DataError if there is none."""
     if column not in row:
         raise _missing("text", column, row, path, line)
     value = row[column]
     if column == "tokens" and isinstance(value, list) and all(isinstance(t, str) for t in value):
-        value = _join(value)
+        value = join_tokens(value)
     if not isinstance(value, str):
         raise DataError(
             f"the text in column '{column}' is {json.dumps(value)[:60]}, not a string",
@@ -269,13 +328,21 @@ def _text(row: dict[str, Any], column: str, path: Path, line: int) -> str:
     return value
 
 
-def _join(tokens: Iterable[str]) -> str:
-    tokens = list(tokens)
-    chinese = any("\u4e00" <= token[:1] <= "\u9fff" and len(token) == 1 for token in tokens)
-    return "".join(tokens) if chinese else " ".join(tokens)
+def join_tokens(tokens: Sequence[str]) -> str:
+    """The text that was divided into `tokens`."""
+    return separator(tokens).join(tokens)
 
 
-def _label(row: dict[str, Any], column: str, path: Path, line: int) -> str:
+def separator(tokens: Sequence[str]) -> str:
+    """What stood between tokens: nothing if they are Chinese characters rather than words."""
+    chinese = ["\u4e00" <= token[:1] <= "\u9fff" for token in tokens]
+    single = sum(c and len(t) == 1 for c, t in zip(chinese, tokens, strict=True))
+    words = sum(t[:1].isalpha() and not c for c, t in zip(chinese, tokens, strict=True))
+    return "" if single > words else " "
+
+
+def label_of(row: dict[str, Any], column: str, path: Path, line: int) -> str:
+    """The label in a column, without blanks around it; DataError if there is none."""
     if column not in row:
         raise _missing("label", column, row, path, line)
     value = row[column]
@@ -288,7 +355,7 @@ def _label(row: dict[str, Any], column: str, path: Path, line: int) -> str:
             path=path,
             line=line,
         )
-    return value
+    return value.strip()
 
 
 def _missing(kind: str, column: str, row: dict[str, Any], path: Path, line: int) -> DataError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from pocketglm import registry
@@ -10,7 +12,7 @@ from pocketglm.artifacts.checkpoint import model_folder
 from pocketglm.artifacts.export import is_export, read_export
 from pocketglm.artifacts.manifest import read_manifest
 from pocketglm.artifacts.schemas import EvalResult, MetricResult
-from pocketglm.contracts import DataOptions, Reporter, RunOptions, Scores, Session, Silent, Task
+from pocketglm.contracts import DataOptions, Reporter, RunOptions, Scores, Silent, Task
 from pocketglm.errors import UsageError
 from pocketglm.eval._run import say_truncated
 from pocketglm.runtimes import open_session
@@ -24,28 +26,34 @@ def evaluate(
     max_length: int | None = None,
     options: RunOptions | None = None,
     reporter: Reporter | None = None,
+    baseline: Path | None = None,
 ) -> tuple[Scores, EvalResult]:
     """Score the model in folder `path` on the test rows of `data`.
 
     Of a single file that the model was trained on, only the rows that training held out for test.
-    max_length: tokens per text, None = the model's.
+    max_length: tokens per text, None = the model's. baseline: a model of the same tokenizer to
+    compare it with, for the tasks that do so.
 
     Raises:
-        UsageError: unknown task, a task that this kind of model cannot do, or a `max_length` that
-            is more than the model's.
+        UsageError: unknown task, a task that this kind of model cannot do, a `max_length` that is
+            more than the model's, or a baseline that cannot be compared.
         CheckpointError: the folder is no model.
         DataError: the data cannot be used, or has labels that the model does not know.
     """
-    reporter = reporter or Silent()
+    reporter, options = reporter or Silent(), options or RunOptions()
     spec: Task = registry.load("eval", task)
-    session = open_session(path, options or RunOptions())
-    try:
-        _check_kind(path, task, spec, session)
+    with closing(open_session(path, options)) as session:
+        check_kind(path, task, spec, session.info.kind)
         tokenizer = Tokenizer.load(path)
         data = held_out(path, data, reporter)
-        scores = spec.score(path, session, tokenizer, data, max_length, reporter)
-    finally:
-        session.close()
+        if baseline is None:
+            scores = spec.score(path, session, tokenizer, data, max_length, reporter)
+        else:
+            against = _comparison(path, baseline, task, spec, tokenizer)
+            data = held_out(baseline, data, reporter)
+            with closing(open_session(baseline, options)) as other:
+                check_kind(baseline, task, spec, other.info.kind)
+                scores = against(path, session, other, tokenizer, data, max_length, reporter)
     say_truncated(scores.truncated, reporter)
     return scores, EvalResult(
         path=str(path),
@@ -55,15 +63,39 @@ def evaluate(
         primary=scores.primary,
         metrics=metric_results(scores),
         truncated=scores.truncated,
+        baseline=None if baseline is None else str(baseline),
+        notes=list(scores.notes),
     )
 
 
-def _check_kind(path: Path, task: str, spec: Task, session: Session) -> None:
-    if session.info.kind != spec.kind:
+def _comparison(
+    path: Path, baseline: Path, task: str, spec: Task, tokenizer: Tokenizer
+) -> Callable[..., Scores]:
+    if spec.against is None:
+        able = [n for n in registry.names("eval") if registry.load("eval", n).against]
+        raise UsageError(
+            f"the task '{task}' compares no two models",
+            f"score both, or use pocketglm prove; --baseline is for: {', '.join(able)}",
+        )
+    check_vocabularies(path, tokenizer, baseline)
+    return spec.against
+
+
+def check_vocabularies(path: Path, tokenizer: Tokenizer, baseline: Path) -> None:
+    """Raises UsageError if `baseline` has other tokens than `tokenizer`, the one of `path`."""
+    if Tokenizer.load(baseline).inner.get_vocab() != tokenizer.inner.get_vocab():
+        raise UsageError(
+            f"{path} and {baseline} have different tokenizers: their tokens cannot be compared",
+            "take a baseline with the same tokenizer, such as the checkpoint it was made from",
+        )
+
+
+def check_kind(path: Path, task: str, spec: Task, kind: str) -> None:
+    """Raises UsageError, which names the tasks for a model of this kind, if `spec` is not."""
+    if kind != spec.kind:
         able = [n for n in registry.names("eval") if registry.load("eval", n).kind != spec.kind]
         raise UsageError(
-            f"{path} is a model of kind {session.info.kind}, the task '{task}' is for kind "
-            f"{spec.kind}",
+            f"{path} is a model of kind {kind}, the task '{task}' is for kind {spec.kind}",
             f"tasks for it: {', '.join(able)}",
         )
 
@@ -95,7 +127,4 @@ def held_out(path: Path, data: DataOptions, reporter: Reporter | None = None) ->
 
 def metric_results(scores: Scores) -> dict[str, MetricResult]:
     """The metrics in their JSON form."""
-    return {
-        name: MetricResult(value=m.value, n=m.n, low=m.low, high=m.high)
-        for name, m in scores.metrics.items()
-    }
+    return {name: MetricResult(**asdict(metric)) for name, metric in scores.metrics.items()}

@@ -6,12 +6,12 @@ import csv
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from pocketglm.artifacts.output import disk_errors
+from pocketglm.artifacts.output import check_place, disk_errors, keep_inputs
 from pocketglm.artifacts.schemas import PredictResult
 from pocketglm.contracts import EncoderSession, Reporter, RunOptions, Silent
 from pocketglm.data.readers import read_texts
@@ -43,12 +43,13 @@ def predict(
     or .csv) the rows go there, whole or not at all, and `predictions` is empty.
 
     Raises:
-        UsageError: the model has no labels, or `out` has another suffix.
+        UsageError: the model has no labels; `out` has another suffix, is `file`, lies in `path`, or
+            cannot be created.
         OutputExistsError: `out` exists, and `force` is not set.
         DataError: the file cannot be used.
     """
     if out is not None:
-        _check_out(out, force)
+        _check_out(out, force, [path, file])
     session = open_encoder(path, options or RunOptions())
     try:
         if not session.info.labels:
@@ -78,11 +79,13 @@ def predict(
     )
 
 
-def _check_out(out: Path, force: bool) -> None:
+def _check_out(out: Path, force: bool, inputs: Sequence[Path]) -> None:
+    keep_inputs(out, inputs)
     if out.suffix not in (".jsonl", ".csv"):
         raise UsageError(f"--out {out} has no known suffix", "name it .jsonl or .csv")
     if out.is_dir() or (out.exists() and not force):
         raise OutputExistsError(f"{out} exists", "choose another --out, or add --force")
+    check_place(out)
 
 
 def _labelled(

@@ -78,6 +78,11 @@ class Rows:
     collate: Callable[[npt.NDArray[np.int64]], Batch]
 
 
+# Rows that differ from epoch to epoch (augmentation): a function of the epoch's number alone, each
+# time with the same number of rows.
+EpochRows = Callable[[int], Rows]
+
+
 @dataclass(frozen=True, slots=True)
 class LoopResult:
     """`losses`: one per step. `scores`: (step, validation score). `seconds` over all resumes."""
@@ -109,7 +114,7 @@ class _State:
 
 def train(
     model: nn.Module,
-    rows: Rows,
+    rows: Rows | EpochRows,
     loss_fn: Loss,
     config: LoopConfig,
     work: Path,
@@ -121,6 +126,7 @@ def train(
 ) -> LoopResult:
     """Train `model` in place; it ends with the best weights, on the CPU, in eval mode.
 
+    Parameters that need no gradient stay as they are, and are neither copied nor saved.
     loss_fn returns the summed loss of a batch and its weight, both scalars. evaluate returns a
     score, higher is better; it runs after each epoch, in one process. `work/training.pt` is
     written atomically after each epoch, every `checkpoint_seconds`, and on Ctrl-C; where it
@@ -157,7 +163,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        rows: Rows,
+        rows: Rows | EpochRows,
         loss_fn: Loss,
         config: LoopConfig,
         work: Path,
@@ -179,10 +185,12 @@ class _Run:
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.plain: nn.Module = self.accelerator.unwrap_model(self.model)
-        self.rows, self.loss_fn, self.config, self.score_of = rows, loss_fn, config, evaluate
+        self.rows_of = rows
+        self.rows = rows if isinstance(rows, Rows) else rows(0)
+        self.loss_fn, self.config, self.score_of = loss_fn, config, evaluate
         self.file = work / CHECKPOINT
         self.reporter: Reporter = reporter if self.accelerator.is_main_process else Silent()
-        self.per_epoch = math.ceil(len(rows.lengths) / config.batch_size)
+        self.per_epoch = math.ceil(len(self.rows.lengths) / config.batch_size)
         self.total = math.ceil(self.per_epoch * config.epochs)
         self.budget = None if config.minutes is None else self._shared(config.minutes * 60)
         self.state = _State()
@@ -235,6 +243,8 @@ class _Run:
         state, config = self.state, self.config
         epoch, index = divmod(state.step, self.per_epoch)
         if self.order[0] != epoch:
+            if not isinstance(self.rows_of, Rows) and epoch:
+                self.rows = self.rows_of(epoch)
             batches = epoch_batches(self.rows.lengths, config.batch_size, config.seed, epoch)
             self.order = (epoch, batches)
         seeds = np.random.SeedSequence([config.seed, state.step, self.rank])
@@ -295,7 +305,7 @@ class _Run:
             with torch.inference_mode():
                 score = float(self.score_of(self.plain))
         score, seconds = self._shared(score), self._shared(time.monotonic() - began)
-        weights = {n: t.detach().to("cpu", copy=True) for n, t in self.plain.state_dict().items()}
+        weights = {n: t.to("cpu", copy=True) for n, t in self._learned().items()}
         with interrupt_held():
             state.evaluated = state.step
             state.evaluation_seconds = seconds
@@ -308,6 +318,11 @@ class _Run:
         epoch = state.step / self.per_epoch
         self.reporter.say(f"epoch {epoch:.3g}: validation {score:.4f} (best {state.best:.4f})")
 
+    def _learned(self) -> dict[str, torch.Tensor]:
+        """The weights that training changes, by name."""
+        parameters = self.plain.named_parameters()
+        return {name: p.detach() for name, p in parameters if p.requires_grad}
+
     # --- checkpoint ------------------------------------------------------------------------------
 
     def save(self) -> None:
@@ -319,7 +334,7 @@ class _Run:
         self.began, self.first_step = now, self.state.step
         value = {
             "state": asdict(self.state),
-            "model": self.plain.state_dict(),
+            "model": self._learned(),
             "optimizer": self.optimizer.state_dict(),
             "best": self.best_weights,
         }
@@ -341,7 +356,7 @@ class _Run:
             return
         value = torch.load(self.file, map_location=self.device, weights_only=True)
         self.state = _State(**value["state"])
-        self.plain.load_state_dict(value["model"])
+        self.plain.load_state_dict(value["model"], strict=False)
         self.optimizer.load_state_dict(value["optimizer"])
         self.best_weights = value["best"]
         self.began, self.first_step = time.monotonic(), self.state.step
@@ -352,7 +367,7 @@ class _Run:
         """Leave the best weights in the model."""
         state = self.state
         if self.best_weights is not None:
-            self.plain.load_state_dict(self.best_weights)
+            self.plain.load_state_dict(self.best_weights, strict=False)
         self.plain.to("cpu").eval()
         best_step = state.best_step or state.step
         return LoopResult(
