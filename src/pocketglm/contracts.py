@@ -229,19 +229,21 @@ class Runtime:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A measured value with its 95 % interval over `n` rows; fractions, not percent."""
+    """A measured value with its 95 % interval over `n` rows, or tokens; fractions, not percent."""
 
     value: float
     n: int
     low: float
     high: float
+    unit: str = "fraction"
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
     """What a task measured. `rows` holds per-row values, for paired comparison of two models.
 
-    truncated: share of the texts that were cut to the length limit.
+    truncated: share of the texts that were cut to the length limit. notes: how it was measured,
+    one sentence each.
     """
 
     primary: str
@@ -251,6 +253,7 @@ class Scores:
     gold: Sequence[str] = ()
     texts: Sequence[str] = ()
     truncated: float = 0.0
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,8 +278,12 @@ class Task:
 
     `kind`: of the models that can do it, and so of the session. A task that needs more than the
     session (a command's grammar) reads it from the model's folder, the first argument of `score`.
+    `against` scores the session next to another one of the same tokenizer, which comes second.
     """
 
     summary: str
     score: Callable[[Path, Any, Tokenizer, DataOptions, int | None, Reporter], Scores]
     kind: Literal["encoder", "decoder"] = "encoder"
+    against: (
+        Callable[[Path, Any, Any, Tokenizer, DataOptions, int | None, Reporter], Scores] | None
+    ) = None

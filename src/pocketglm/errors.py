@@ -14,6 +14,7 @@ PocketError
 └── WorkError              4  the work could not be done
     ├── DiskFullError
     ├── LockedError           another process writes the same output
+    │   └── FinishedElsewhereError    or has just written it
     └── MemoryCeilingError
 
 The rule of a message: what was wrong, with the value; `hint` says what to do next.
@@ -107,8 +108,17 @@ class LockedError(WorkError):
     pass
 
 
+class FinishedElsewhereError(LockedError):
+    """Another process finished the same work between our look and our lock: ask again."""
+
+
 class MemoryCeilingError(WorkError):
     pass
+
+
+def as_lines(message: str, hint: str) -> str:
+    """An error as stderr shows it."""
+    return f"error: {message}\n" + (f"  try: {hint}\n" if hint else "")
 
 
 def nearest(value: str, known: Iterable[str]) -> str:

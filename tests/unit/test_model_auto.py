@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny_decoder import save_tiny_decoder
 
 import pocketglm.model.auto
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.manifest import Manifest
 from pocketglm.model.encoder import Encoder, init_encoder, with_classifier
-from pocketglm.model.hf import load_encoder, save_encoder
+from pocketglm.model.hf import load_decoder, load_encoder, save_encoder
 from pocketglm.model.spec import EncoderSpec
+from pocketglm.stages.compress import compress
+from pocketglm.stages.plan import Plan
 
 LABELS = ["play", "stop", "停"]
 IDS = torch.arange(12).reshape(2, 6)
@@ -62,6 +65,30 @@ def test_saving_from_transformers_keeps_the_folder(tmp_path: Path) -> None:
     opened("AutoModelForSequenceClassification", tmp_path / "a").save_pretrained(tmp_path / "b")
     for file in sorted((tmp_path / "a").iterdir()):
         assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["glm-half-bias", "qwen3", "llama-tied-biased"])
+@torch.inference_mode()
+def test_decoder_that_upstream_cannot_express_opens(tmp_path: Path, name: str) -> None:
+    """Asymmetric INT4 mixed with INT8."""
+    source = save_tiny_decoder(tmp_path / "float", name)
+    plan = Plan.single("quantize_rtn", {"bits": 4, "symmetric": False, "embeddings": 8})
+    compress(source, plan, tmp_path / "int4")
+    ckpt = Checkpoint.open(tmp_path / "int4")
+    assert ckpt.config["model_type"] == "pocketglm"
+    assert ckpt.manifest.schemes
+    theirs = opened("AutoModelForCausalLM", ckpt.path)
+    assert isinstance(theirs, pocketglm.model.auto.PocketGLMForCausalLM)
+    ours = load_decoder(ckpt)(IDS, MASK)
+    result = theirs(input_ids=IDS, attention_mask=MASK, labels=IDS)
+    assert torch.equal(result.logits, ours)
+    logs = ours.log_softmax(2)[:, :-1].gather(2, IDS[:, 1:, None])
+    assert result.loss.item() == pytest.approx(-logs.mean().item(), rel=1e-5)
+    assert theirs(IDS).loss is None
+    theirs.save_pretrained(tmp_path / "saved")
+    again: Any = transformers.AutoModelForCausalLM
+    plain = again.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert torch.allclose(plain(IDS[:1]).logits, ours[:1], atol=1e-4)
 
 
 def test_pairs_of_texts_are_refused(tmp_path: Path) -> None:

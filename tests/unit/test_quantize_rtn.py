@@ -8,11 +8,16 @@ from typing import Any
 import pytest
 import torch
 from tiny_bert import save_tiny_bert
+from tiny_decoder import save_tiny_decoder
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.methods.quantize_rtn import SPEC, RtnConfig
+from pocketglm.model.hf import load_decoder
 from pocketglm.ops.affine import quantize
+from pocketglm.stages._upstream import opens_in_transformers
+from pocketglm.stages.compress import compress
+from pocketglm.stages.plan import Plan
 
 WORDS = "bert.embeddings.word_embeddings.weight"
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
@@ -53,6 +58,51 @@ def test_embedding_and_head_are_options(ckpt: Checkpoint) -> None:
         "classifier.weight": TensorScheme(bits=8, activation="dynamic_tensor"),
     }
     assert chosen(ckpt, embeddings=4)[WORDS] == TensorScheme(bits=4, group_size=32)
+
+
+@pytest.mark.parametrize("activation", ["dynamic_block", "dynamic_token", None])
+def test_a_tied_embedding_is_also_a_head(activation: str | None, tmp_path: Path) -> None:
+    """One tensor in one scheme, with the activation form of a linear layer where that is safe."""
+    tied = Checkpoint.open(save_tiny_decoder(tmp_path / "tied", "glm-wide"))
+    found = chosen(tied, bits=4, group_size=64, embeddings=4, activation=activation)
+    assert "lm_head.weight" not in found
+    expected = "dynamic_block" if activation == "dynamic_block" else "none"
+    assert found["model.embed_tokens.weight"] == TensorScheme(
+        bits=4, group_size=64, activation=expected
+    )
+    assert "set embeddings=4" in SPEC.check(RtnConfig(bits=4, head=4), tied)[0]
+
+
+def test_an_untied_head_is_quantized_by_itself(tmp_path: Path) -> None:
+    untied = Checkpoint.open(save_tiny_decoder(tmp_path / "untied", "llama"))
+    found = chosen(untied, bits=4, embeddings=8, head=4, activation="dynamic_block")
+    assert found["model.embed_tokens.weight"] == TensorScheme(bits=8)
+    assert found["lm_head.weight"] == TensorScheme(
+        bits=4, group_size=32, activation="dynamic_block"
+    )
+    assert SPEC.check(RtnConfig(bits=4, embeddings=8, head=4), untied) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "opens"),
+    [
+        ("glm-wide", {"embeddings": 4}, "no, because an INT4 embedding is packed"),
+        ("glm-wide", {"embeddings": 8}, "yes"),
+        ("llama", {"embeddings": 8, "head": 4, "activation": "dynamic_block"}, "yes"),
+        ("llama", {"head": 8, "activation": "dynamic_block"}, "yes"),
+    ],
+)
+def test_decoders_are_compressed_and_read_back(
+    name: str, settings: dict[str, Any], opens: str, tmp_path: Path
+) -> None:
+    source = save_tiny_decoder(tmp_path / "source", name)
+    compress(source, Plan.single("quantize_rtn", {"bits": 4, **settings}), tmp_path / "out")
+    after = Checkpoint.open(tmp_path / "out")
+    assert opens_in_transformers(after) == opens
+    model, before = load_decoder(after), load_decoder(Checkpoint.open(source))
+    for ours, weight in before.state_dict().items():
+        found = model.state_dict()[ours]
+        assert (found - weight).norm() < 0.2 * weight.norm()
 
 
 def test_skip_leaves_tensors_float(ckpt: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from pocketglm.artifacts.schemas import MetricResult
 from pocketglm.contracts import Config
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object to stdout.")]
@@ -30,6 +32,10 @@ LabelColumnName = Annotated[
 OosLabel = Annotated[str, typer.Option(help="The label that means 'out of scope'.")]
 MaxLength = Annotated[
     int | None, typer.Option(min=2, help="Tokens per text; longer texts are cut.")
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory that this process may use, e.g. 800MB: kept, or refused up front."),
 ]
 DATA_HELP = (
     "Folder with {train,validation,test}.jsonl[.gz] or .csv, or one file; or the embedded set: "
@@ -95,11 +101,24 @@ class Progressive:
 
 def emit(result: Config, as_json: bool, words: Callable[[], None]) -> None:
     """Print the one result of a verb: a JSON object, or what `words` prints, to stdout."""
+    try:
+        write(result, as_json, words)
+    except BrokenPipeError:
+        drop_output()
+
+
+def write(result: Config, as_json: bool, words: Callable[[], None]) -> None:
+    """`emit` for one result of several; BrokenPipeError says that nobody reads the next."""
     if as_json:
         sys.stdout.write(result.model_dump_json() + "\n")
     else:
         words()
     sys.stdout.flush()
+
+
+def drop_output() -> None:
+    """Write nothing more: the reader of stdout, such as `head`, has read enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -109,7 +128,10 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         grid.add_row(*row)
-    Console(highlight=False, markup=False).print(grid)
+    console = Console(highlight=False, markup=False)
+    with console.capture() as text:
+        console.print(grid)
+    sys.stdout.write(text.get())  # rich itself would end the process at a broken pipe
 
 
 def megabytes(count: float) -> str:
@@ -120,3 +142,13 @@ def megabytes(count: float) -> str:
 def percent(value: float) -> str:
     """A fraction as percent with two decimals."""
     return f"{100 * value:.2f} %"
+
+
+def metric_row(name: str, metric: MetricResult) -> list[str]:
+    """Name, value, interval and n, for a table."""
+    value, low, high = (
+        percent(v) if metric.unit == "fraction" else f"{v:.4g}"
+        for v in (metric.value, metric.low, metric.high)
+    )
+    unit = "" if metric.unit == "fraction" else f" {metric.unit}"
+    return [name, value + unit, f"{low} .. {high}", str(metric.n)]

@@ -19,10 +19,12 @@ import typer
 from pocketglm import __version__, registry
 from pocketglm.errors import (
     DiskFullError,
+    FinishedElsewhereError,
     MemoryCeilingError,
     PocketError,
     UsageError,
     WorkError,
+    as_lines,
 )
 
 _HERE = Path(__file__).parent
@@ -79,9 +81,12 @@ def main(argv: list[str] | None = None) -> NoReturn:
         print(f"pocketglm {__version__}")
         sys.exit(0)
     try:
-        code = command(args[0])(
-            args=args[1:], prog_name=f"pocketglm {args[0]}", standalone_mode=False
-        )
+        try:
+            code = _run(args)
+        except FinishedElsewhereError:
+            if os.environ.get("WORLD_SIZE", "1") != "1":  # the other processes are past this point
+                raise
+            code = _run(args)  # finds it done
     except KeyboardInterrupt:  # while the verb's modules load, before Typer listens
         code = 130
     except Exception as error:
@@ -93,12 +98,19 @@ def main(argv: list[str] | None = None) -> NoReturn:
     sys.exit(code or 0)
 
 
+def _run(args: list[str]) -> int | None:
+    code: int | None = command(args[0])(
+        args=args[1:], prog_name=f"pocketglm {args[0]}", standalone_mode=False
+    )
+    return code
+
+
 def _explain(error: Exception, verb: str) -> PocketError:
     """Any error as one of ours: a crash must not look like a failed gate (exit code 1)."""
     if isinstance(error, PocketError):
         return error
     if isinstance(error, typer.TyperException):
-        return UsageError(error.format_message(), f"pocketglm {verb} --help")
+        return UsageError(_with_value(error), f"pocketglm {verb} --help")
     if isinstance(error, MemoryError):
         return MemoryCeilingError(f"out of memory: {error}", "use a smaller batch or model")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -107,6 +119,16 @@ def _explain(error: Exception, verb: str) -> PocketError:
         f"{type(error).__name__}: {error}",
         "this is a defect or a broken file: run it again with --debug and report what it prints",
     )
+
+
+def _with_value(error: typer.TyperException) -> str:
+    """The message with the value that it is about, which Typer leaves out of ranges and numbers."""
+    message: str = error.format_message()
+    cause = error.__cause__
+    if isinstance(cause, ValueError) and hasattr(cause, "errors"):  # pydantic's, slow to import
+        value = str(cause.errors()[0]["input"])
+        return message if value in message else f"{message}, got '{value}'"
+    return message
 
 
 def _fail(error: PocketError, as_json: bool) -> NoReturn:
@@ -118,8 +140,6 @@ def _fail(error: PocketError, as_json: bool) -> NoReturn:
             "exit_code": error.exit_code,
         }
         print(json.dumps({"error": value}, ensure_ascii=False))
-    sys.stderr.write(f"error: {error.message}\n")
-    if error.hint:
-        sys.stderr.write(f"  try: {error.hint}\n")
+    sys.stderr.write(as_lines(error.message, error.hint))
     sys.stderr.flush()
     sys.exit(error.exit_code)

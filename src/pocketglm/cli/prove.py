@@ -32,7 +32,7 @@ def main(
     baseline: Annotated[
         Path, typer.Option(help="What to compare with: a checkpoint (exported fp32) or an export.")
     ],
-    task: Annotated[str, typer.Option(help="intent or embed.")],
+    task: Annotated[str, typer.Option(help="intent or embed; of a decoder command or lm.")],
     data: Annotated[Path, typer.Option(help=DATA_HELP)],
     out: Out,
     max_accuracy_drop: Annotated[
@@ -41,13 +41,19 @@ def main(
     max_oos_recall_drop: Annotated[
         float | None, typer.Option(help="Gate: out-of-scope recall points that may be lost.")
     ] = None,
+    max_perplexity_increase: Annotated[
+        float | None, typer.Option(help="Gate, with --task lm: percent, e.g. 2.")
+    ] = None,
     min_speedup: Annotated[
-        float | None, typer.Option(help="Gate: baseline latency / candidate latency, e.g. 1.5.")
+        float | None,
+        typer.Option(help="Gate: baseline / candidate latency, of a decoder per new token."),
     ] = None,
     min_size_ratio: Annotated[
         float | None, typer.Option(help="Gate: baseline bytes / candidate bytes, e.g. 3.8.")
     ] = None,
-    max_latency_ms: Annotated[float | None, typer.Option(help="Gate: p50 latency.")] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(help="Gate: p50 latency, of a decoder per new token.")
+    ] = None,
     max_memory_mb: Annotated[float | None, typer.Option(help="Gate: peak memory.")] = None,
     max_size_mb: Annotated[float | None, typer.Option(help="Gate: size of the folder.")] = None,
     allow_inconclusive: Annotated[

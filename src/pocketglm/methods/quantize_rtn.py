@@ -36,8 +36,8 @@ class RtnConfig(Config):
     )
     activation: Activation | None = Field(
         None,
-        description="how a runtime may quantize the layers' inputs; default: dynamic_tensor for "
-        "8 bits, none for 4",
+        description="how a runtime may quantize the layers' inputs; default: none for 4 bits, "
+        "dynamic_tensor for 8, dynamic_block for 8 in groups",
     )
     search: bool = Field(True, description="look for the scale with the least squared error")
     skip: list[str] = Field([], description="patterns (*, ?) of tensor names that stay float")
@@ -53,6 +53,13 @@ def _check(config: RtnConfig, ckpt: Checkpoint) -> list[str]:
     ]
     if config.activation == "static":
         reasons.append("activation: static needs calibration data, which this method does not see")
+    schemes = (_select(config, ckpt, info) for info in ckpt.tensors.values())
+    grouped = {s.group_size for s in schemes if s and s.activation == "dynamic_tensor"} - {None}
+    reasons += [
+        f"activation: dynamic_tensor goes with whole rows, not with groups of {size}: no runtime "
+        "has a kernel for it; leave it out, or set dynamic_block (fast) or none (exact)"
+        for size in grouped
+    ]
     if config.head != config.embeddings and config.head and _tied(ckpt):
         reasons.append(
             f"head={config.head}: the head is the token embedding (tied): set "
@@ -82,20 +89,23 @@ def _select(config: RtnConfig, ckpt: Checkpoint, info: TensorInfo) -> TensorSche
         return _scheme(config, config.head, linear=True)
     # The position and type tables are too small to be worth their error.
     if is_embedding(info.name) and info.shape[0] == ckpt.config.get("vocab_size"):
-        return _scheme(config, config.embeddings, linear=False)
+        # A tied table is also the head, a linear layer. The forms by tensor and by token stay away
+        # from it: transformers would round an embedding's input, which is token ids.
+        by_block = config.activation == "dynamic_block" and _tied(ckpt)
+        return _scheme(config, config.embeddings, linear=by_block)
     return None
 
 
 def _scheme(config: RtnConfig, bits: Bits | None, *, linear: bool) -> TensorScheme | None:
     if bits is None:
         return None
-    group = config.group_size if bits == config.bits else None
-    activation = config.activation or ("dynamic_tensor" if bits == 8 else "none")
+    group = (config.group_size if bits == config.bits else None) or (32 if bits == 4 else None)
+    usual: Activation = "none" if bits == 4 else "dynamic_block" if group else "dynamic_tensor"
     return TensorScheme(
         bits=bits,
-        group_size=group or (32 if bits == 4 else None),
+        group_size=group,
         symmetric=config.symmetric,
-        activation=activation if linear else "none",
+        activation=(config.activation or usual) if linear else "none",
     )
 
 

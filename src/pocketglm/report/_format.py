@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pocketglm.artifacts.proof import Claim
+from pocketglm.artifacts.proof import Claim, Proof
 
 MINUS = "\u2212"
 WORDS = {"pass": "Pass", "fail": "Fail", "inconclusive": "Inconclusive", "stated": "Stated"}
 
 # decimals of a unit; the others get three significant digits
-_DECIMALS = {"points": 2, "%": 2, "x": 2, "cosine": 5}
+_DECIMALS = {"points": 2, "%": 2, "x": 2, "cosine": 5, "nats": 5}
 TARGETS = {
     "onnx": "ONNX",
     "litert": "LiteRT",
@@ -28,6 +28,9 @@ _SIDES = {
     "size_ratio": "MB",
     "folder_ratio": "MB",
     "memory_ratio": "MB",
+    "decode_speedup": "tokens/s",
+    "prefill_speedup": "tokens/s",
+    "perplexity_increase": "",
 }
 
 
@@ -84,6 +87,24 @@ def sides(claim: Claim) -> str:
         return ""
     unit = side_unit(claim)
     return f"{number(claim.baseline, unit)} \u2192 {quantity(claim.candidate, unit)}"
+
+
+def scored(proof: Proof) -> str:
+    """What the task was measured on: '700 test rows', '9,000 tokens of 120 test texts'."""
+    n = f"{int(proof.data.get('n', 0)):,}"
+    if "texts" not in proof.data:
+        return f"{n} test rows"
+    return f"{n} {proof.data.get('unit', '')} of {int(proof.data['texts']):,} test texts"
+
+
+def notes(proof: Proof) -> list[str]:
+    """How it was measured, in whole sentences."""
+    return [f"{note[:1].upper()}{note[1:]}." for note in proof.details.get("notes", [])]
+
+
+def is_decoder(proof: Proof) -> bool:
+    """Whether the models write text."""
+    return proof.candidate.get("kind") == "decoder"
 
 
 def megabytes(count: float) -> str:

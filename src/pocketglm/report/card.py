@@ -21,7 +21,27 @@ _USES = {
     "intent": "Finds the intent of one short utterance among its fixed labels, on the device.",
     "embed": "Turns a short text into a unit-length embedding, for search and clustering on the "
     "device.",
+    "command": "Reads one short command as an intent, its slots and an action, on the device. An "
+    "action may be wrong: ask before one that cannot be undone.",
+    "lm": "Continues a text, on the device. What it writes may be false: perplexity measures how "
+    "likely a text is, not whether it is true.",
 }
+_PIPELINES = {"intent": "text-classification", "embed": "sentence-similarity"}
+
+_GENAI = """\
+import onnxruntime_genai as genai
+
+model = genai.Model("model")
+tokenizer = genai.Tokenizer(model)
+options = genai.GeneratorParams(model)
+options.set_search_options(max_length=128)
+generator = genai.Generator(model, options)
+generator.append_tokens(tokenizer.encode("your text"))
+stream = tokenizer.create_stream()
+while not generator.is_done():
+    generator.generate_next_token()
+    print(stream.decode(generator.get_next_tokens()[0]), end="", flush=True)
+"""
 
 
 def render(proof: Proof) -> str:
@@ -35,7 +55,7 @@ def render(proof: Proof) -> str:
         _about(proof),
         "## Measured\n\n"
         f"Against {cell(_format.precision(proof.baseline))} "
-        f"({cell(proof.baseline.get('name', ''))}), {int(proof.data.get('n', 0)):,} test rows of "
+        f"({cell(proof.baseline.get('name', ''))}), {_format.scored(proof)} of "
         f"{cell(proof.data.get('path', ''))} (sha256 {str(proof.data.get('digest', ''))[:12]}).\n\n"
         + markdown.table(proof).rstrip(),
         _use(proof),
@@ -53,33 +73,56 @@ def _front_matter(proof: Proof) -> str:
         head["language"] = proof.data["language"]
     if side.get("base_model"):
         head["base_model"] = side["base_model"]
-    if target == "onnx":
+    decoder = _format.is_decoder(proof)
+    if target == "onnx" and not decoder:
         head["library_name"] = "transformers.js"
     head["pipeline_tag"] = (
-        "text-classification" if proof.task == "intent" else "sentence-similarity"
+        "text-generation" if decoder else _PIPELINES.get(proof.task, "sentence-similarity")
     )
-    head["tags"] = [
-        t for t in (target, str(side.get("precision", "")), proof.task, "pocketglm") if t
-    ]
+    genai = "onnxruntime-genai" if target == "onnx" and decoder else ""
+    tags = (target, str(side.get("precision", "")), proof.task, genai, "pocketglm")
+    head["tags"] = [tag for tag in tags if tag]
     text = yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
     return f"---\n{text}---"
 
 
 def _about(proof: Proof) -> str:
     side = proof.candidate
-    labels: Sequence[str] = side.get("labels", [])
     rows = [
         ("base model", side.get("base_model") or "unknown"),
         ("licence", side.get("license") or "unknown: ask whoever made the base model"),
         ("precision", side.get("precision", "")),
         ("model file", f"{side.get('model_file', '')}, {_megabytes(side.get('model_bytes'))}"),
-        ("maximum length", f"{side.get('max_length', '')} tokens; longer texts are cut"),
-        ("pooling", side.get("pooling") or "none"),
-        ("activations", side.get("activation") or "none"),
-        ("labels", f"{len(labels)}: {_list(labels)}" if labels else "none: it gives embeddings"),
+        *(_about_decoder(side) if _format.is_decoder(proof) else _about_encoder(side)),
     ]
     lines = [f"| {key} | {cell(value)} |" for key, value in rows]
     return "| | |\n|---|---|\n" + "\n".join(lines)
+
+
+def _about_encoder(side: Mapping[str, Any]) -> list[tuple[str, str]]:
+    labels: Sequence[str] = side.get("labels", [])
+    return [
+        ("maximum length", f"{side.get('max_length', '')} tokens; longer texts are cut"),
+        ("pooling", side.get("pooling") or "none"),
+        _activations(side),
+        ("labels", f"{len(labels)}: {_list(labels)}" if labels else "none: it gives embeddings"),
+    ]
+
+
+def _activations(side: Mapping[str, Any]) -> tuple[str, str]:
+    return "activations", side.get("activation") or "none"
+
+
+def _about_decoder(side: Mapping[str, Any]) -> list[tuple[str, str]]:
+    intents: Sequence[str] = side.get("intents", [])
+    positions = {"last": "the last position", "all": "all positions"}
+    rows = [
+        ("context", f"{side.get('max_length', '')} tokens, prompt and answer together"),
+        ("cache", f"{side.get('cache_bytes_per_token') or 'unknown'} bytes per token"),
+        ("logits", f"of {positions.get(str(side.get('logits')), 'unknown positions')}"),
+        _activations(side),
+    ]
+    return [*rows, ("intents", f"{len(intents)}: {_list(intents)}")] if intents else rows
 
 
 def _megabytes(count: Any) -> str:
@@ -103,6 +146,17 @@ def _use(proof: Proof) -> str:
 def _run(proof: Proof) -> str:
     if proof.candidate.get("target") != "onnx":
         return "## Run\n\n```sh\npocketglm run ./model 'your text'\n```"
+    if proof.task == "command":
+        return (
+            "## Run\n\n`./model` is the exported folder.\n\n```sh\npocketglm run ./model "
+            "'your command'\n```\n\nIts answer is the command once more with a mark behind every "
+            "word, which is decoded so that nothing else can be written."
+        )
+    if _format.is_decoder(proof):
+        return (
+            "## Run\n\n`./model` is the exported folder.\n\n```sh\npocketglm run ./model "
+            f"'your text'\n```\n\nONNX Runtime GenAI:\n\n```python\n{_GENAI}```"
+        )
     file = str(proof.candidate.get("model_file", "onnx/model.onnx"))
     dtype = _DTYPES.get(PurePosixPath(file).stem, "fp32")
     labels = bool(proof.candidate.get("labels"))

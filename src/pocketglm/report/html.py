@@ -8,17 +8,28 @@ Content-Security-Policy forbids scripts and requests besides.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from pocketglm.artifacts.proof import Claim, Proof
-from pocketglm.report import _format, svg
+from pocketglm.report import _format, _worse, svg
+from pocketglm.report._markup import esc, section
 
 _STYLE = Path(__file__).with_name("style.css")
 _ICONS = {"pass": "\u2713", "fail": "\u2715", "inconclusive": "~", "stated": "i"}
-_DROPS = ("accuracy_drop", "nn_accuracy_drop")
-_PAIRED = {"p50_ms": "speedup", "peak_rss_bytes": "memory_ratio"}
+# what a task is judged by: metric -> what the claim's two sides are
+_QUALITY = {
+    "accuracy_drop": "accuracy",
+    "nn_accuracy_drop": "nearest-neighbour accuracy",
+    "exact_match_drop": "exact match",
+    "perplexity_increase": "perplexity",
+}
+_SPEED = ("speedup", "decode_speedup")
+_PAIRED = {
+    "p50_ms": _SPEED,
+    "first_token_ms": ("prefill_speedup",),
+    "peak_rss_bytes": ("memory_ratio",),
+}
 _PART_NAMES = {
     "embedding": "Embedding",
     "attention": "Attention",
@@ -37,8 +48,7 @@ def render(proof: Proof) -> str:
         _compare(proof),
         _latency(proof),
         _parts(proof),
-        _worse(proof),
-        _classes(proof),
+        *_worse.sections(proof),
         _claims(proof),
         _origin(proof),
     ]
@@ -48,23 +58,12 @@ def render(proof: Proof) -> str:
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{_e(_format.WORDS[proof.verdict])}: {_e(name)}</title>\n"
+        f"<title>{esc(_format.WORDS[proof.verdict])}: {esc(name)}</title>\n"
         f"<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n"
         + "".join(section for section in sections if section)
-        + f'<footer class="wrap">Made with PocketGLM, {_e(proof.created)}. '
+        + f'<footer class="wrap">Made with PocketGLM, {esc(proof.created)}. '
         "MB is 10<sup>6</sup> bytes. The same numbers are in proof.json.</footer>\n"
         "</body>\n</html>\n"
-    )
-
-
-def _e(value: object) -> str:
-    return escape(str(value))
-
-
-def _section(title: str, note: str, body: str) -> str:
-    return (
-        f'<section class="wrap"><header><h2>{_e(title)}</h2><p>{_e(note)}</p></header>'
-        f'<div class="body">{body}</div></section>\n'
     )
 
 
@@ -79,15 +78,15 @@ def _hero(proof: Proof) -> str:
     side, base = proof.candidate, proof.baseline
     about = (
         f"{_format.precision(side)} against {_format.precision(base)}, task {proof.task}, "
-        f"{int(proof.data.get('n', 0)):,} test rows, on {proof.device.get('cpu', 'this machine')}"
+        f"{_format.scored(proof)}, on {proof.device.get('cpu', 'this machine')}"
     )
     return (
         f'<div class="hero {proof.verdict}"><div class="wrap">'
         f'<p class="eyebrow">PocketGLM proof</p>'
         f'<h1><span class="icon" aria-hidden="true">{_ICONS[proof.verdict]}</span>'
         f"{_format.WORDS[proof.verdict]}</h1>"
-        f'<p class="lead">{_e(_sentence(proof))}</p>'
-        f'<p class="about"><b>{_e(side.get("name", "export"))}</b>: {_e(about)}.</p>'
+        f'<p class="lead">{esc(_sentence(proof))}</p>'
+        f'<p class="about"><b>{esc(side.get("name", "export"))}</b>: {esc(about)}.</p>'
         f'<dl class="figures">{_figures(proof)}</dl></div></div>\n'
     )
 
@@ -114,8 +113,8 @@ def _figures(proof: Proof) -> str:
     """The headline numbers: what it lost, how much faster, smaller and leaner it is."""
     cells = []
     for claim in (
-        _find(proof, *_DROPS),
-        _find(proof, "speedup"),
+        _find(proof, *_QUALITY),
+        _find(proof, *_SPEED),
         _find(proof, "size_ratio"),
         _find(proof, "memory_ratio"),
     ):
@@ -123,21 +122,24 @@ def _figures(proof: Proof) -> str:
             continue
         label, value, unit = _headline(claim)
         cells.append(
-            f"<div><dt>{_e(label)}</dt><dd><strong>{_e(value)}{unit}</strong>"
-            f"<span>{_e(_format.sides(claim))}</span></dd></div>"
+            f"<div><dt>{esc(label)}</dt><dd><strong>{esc(value)}{unit}</strong>"
+            f"<span>{esc(_format.sides(claim))}</span></dd></div>"
         )
     return "".join(cells)
 
 
 def _headline(claim: Claim) -> tuple[str, str, str]:
     """(words, number, markup of the unit); the words carry the sign, so the number has none."""
-    if claim.metric in _DROPS:
-        name = "nearest-neighbour accuracy" if claim.metric == "nn_accuracy_drop" else "accuracy"
-        word = "gained" if claim.value < 0 else "lost"
-        points = _format.number(abs(claim.value), "points")
-        return f"{name} {word}", points, "<small> points</small>"
+    name = _QUALITY.get(claim.metric)
+    if name:
+        value = _format.number(abs(claim.value), claim.unit)
+        if claim.unit == "points":
+            word = "gained" if claim.value < 0 else "lost"
+            return f"{name} {word}", value, "<small> points</small>"
+        return f"{'lower' if claim.value < 0 else 'higher'} {name}", value, "<small> %</small>"
     words = {
         "speedup": ("faster", "slower"),
+        "decode_speedup": ("faster decoding", "slower decoding"),
         "size_ratio": ("smaller file", "larger file"),
         "memory_ratio": ("less memory", "more memory"),
     }[claim.metric]
@@ -150,14 +152,14 @@ def _gates(proof: Proof) -> str:
     if not gates:
         return ""
     items = "".join(
-        f'<li><div class="what"><h3>{_e(c.title)}</h3><span class="badge {c.verdict}">'
+        f'<li><div class="what"><h3>{esc(c.title)}</h3><span class="badge {c.verdict}">'
         f'<i aria-hidden="true">{_ICONS[c.verdict]}</i>{_format.WORDS[c.verdict]}</span></div>'
-        f'<div class="value"><strong>{_e(_format.quantity(c.value, c.unit))}</strong>'
-        f"<span>limit {_e(_format.limit(c))}</span></div>"
+        f'<div class="value"><strong>{esc(_format.quantity(c.value, c.unit))}</strong>'
+        f"<span>limit {esc(_format.limit(c))}</span></div>"
         f'<div class="plot">{svg.gate(f"g{i}", c)}</div></li>'
         for i, c in enumerate(gates)
     )
-    return _section(
+    return section(
         "Limits",
         "The dot is the measured value, the bar its 95 % interval; an exact value has none. A "
         "limit is kept when the whole interval lies in the shaded range.",
@@ -173,31 +175,36 @@ def _compare(proof: Proof) -> str:
     figures = []
     for key, title, unit, scale, good in (
         ("model_bytes", "Model file", "MB", 1e-6, "smaller"),
-        ("p50_ms", "Latency, p50", "ms", 1.0, "faster"),
+        ("p50_ms", _latency_title(proof), "ms", 1.0, "faster"),
+        ("first_token_ms", "Time to first token", "ms", 1.0, "faster"),
         ("peak_rss_bytes", "Peak memory", "MB", 1e-6, "less"),
     ):
         if a.get(key) and b.get(key):
             before, after = float(a[key]) * scale, float(b[key]) * scale
             plot = svg.bars(f"c-{key}", title, unit, before, after)
             # These are medians over pairs, which differ a little from the ratio of the medians.
-            paired = _find(proof, _PAIRED[key]) if key in _PAIRED else None
+            paired = _find(proof, *_PAIRED.get(key, ()))
             ratio = paired.value if paired else before / after
             figures.append(_figure(title, _change(ratio, good), plot))
-    drop = _find(proof, *_DROPS)
-    if drop and drop.baseline is not None and drop.candidate is not None:
-        title = "Nearest-neighbour accuracy" if drop.metric == "nn_accuracy_drop" else "Accuracy"
-        word = "lost" if drop.value >= 0 else "gained"
-        plot = svg.bars("c-acc", title, "%", drop.baseline, drop.candidate)
-        figures.append(
-            _figure(title, f"{_format.quantity(abs(drop.value), 'points')} {word}", plot)
-        )
+    lost = _find(proof, *_QUALITY)
+    if lost and lost.baseline is not None and lost.candidate is not None:
+        title, words = _QUALITY[lost.metric].capitalize(), ("gained", "lost")
+        if lost.unit != "points":
+            words = ("lower", "higher")
+        plot = svg.bars("c-acc", title, _format.side_unit(lost), lost.baseline, lost.candidate)
+        note = f"{_format.quantity(abs(lost.value), lost.unit)} {words[lost.value >= 0]}"
+        figures.append(_figure(title, note, plot))
     if not figures:
         return ""
     note = (
         f"Before: {_format.precision(a)}. After: {_format.precision(b)}. Both exported to the same "
         "runtime, each measured in a process of its own."
     )
-    return _section("Before and after", note, f'<div class="grid">{"".join(figures)}</div>')
+    return section("Before and after", note, f'<div class="grid">{"".join(figures)}</div>')
+
+
+def _latency_title(proof: Proof) -> str:
+    return "Latency per new token, p50" if _format.is_decoder(proof) else "Latency, p50"
 
 
 def _change(ratio: float, good: str) -> str:
@@ -208,22 +215,27 @@ def _change(ratio: float, good: str) -> str:
 
 
 def _figure(title: str, note: str, plot: str) -> str:
-    return (
-        f"<figure><figcaption><b>{_e(title)}</b><span>{_e(note)}</span></figcaption>{plot}</figure>"
-    )
+    caption = f"<figcaption><b>{esc(title)}</b><span>{esc(note)}</span></figcaption>"
+    return f"<figure>{caption}{plot}</figure>"
 
 
 def _latency(proof: Proof) -> str:
     data = proof.details.get("latency")
     if not data or not data.get("baseline") or not data.get("candidate"):
         return ""
+    what, how = "runs", f"batch {data['batch']}, {data['tokens']} tokens"
+    if data.get("new_tokens"):
+        what = "new tokens"
+        how = f"{data['new_tokens']} after each prompt of {data['tokens']} tokens, batch 1"
     note = (
-        f"{len(data['candidate']):,} runs of each, alternating in one run: batch {data['batch']}, "
-        f"{data['tokens']} tokens, {data['threads']} threads. Line: p50. Each tick is one run; the "
+        f"{len(data['candidate']):,} {what} of each, alternating in one run: {how}, "
+        f"{data['threads']} threads. Line: p50. Each tick is one {what.removesuffix('s')}; the "
         "axis ends near the slower p99."
     )
     plot = svg.latency("lat", data["baseline"], data["candidate"])
-    return _section("Latency", note, f'<figure class="wide">{plot}</figure>')
+    return section(
+        _latency_title(proof).split(",")[0], note, f'<figure class="wide">{plot}</figure>'
+    )
 
 
 def _parts(proof: Proof) -> str:
@@ -243,59 +255,11 @@ def _parts(proof: Proof) -> str:
         "</table>"
     )
     plot = f'<figure class="wide">{svg.stacked("parts", a, b)}</figure>'
-    return _section("Where the bytes are", "The model file, by part of the model.", plot + table)
+    return section("Where the bytes are", "The model file, by part of the model.", plot + table)
 
 
 def _ratio(before: float, after: float) -> str:
     return _format.quantity(before / after, "x") if after > 0 and before > 0 else "\u2013"
-
-
-# --- what got worse ----------------------------------------------------------------------------
-
-
-def _worse(proof: Proof) -> str:
-    if "confusions" not in proof.details:
-        return ""
-    flips = proof.details.get("flips", {})
-    note = (
-        f"{flips.get('changed', 0):,} of {int(proof.data.get('n', 0)):,} predictions changed: "
-        f"{flips.get('to_wrong', 0)} became wrong, {flips.get('to_right', 0)} became right, "
-        f"{flips.get('wrong_to_wrong', 0)} moved from one wrong label to another."
-    )
-    cards = "".join(_confusion(entry) for entry in proof.details["confusions"])
-    body = f'<ul class="confusions">{cards}</ul>' if cards else "<p>No confusion became worse.</p>"
-    return _section("Confusions that got worse", note, body)
-
-
-def _confusion(entry: Mapping[str, Any]) -> str:
-    examples = "".join(
-        f'<li dir="auto">{_e(_short(text))}</li>' for text in entry.get("examples", [])
-    )
-    return (
-        f'<li><p class="pair"><code>{_e(_short(entry["gold"], 60))}</code>'
-        f'<span class="arrow">read as</span><code class="wrong">'
-        f"{_e(_short(entry['predicted'], 60))}</code>"
-        f'<span class="count">{int(entry["before"])} \u2192 {int(entry["after"])}</span></p>'
-        f"<ul>{examples}</ul></li>"
-    )
-
-
-def _short(text: object, limit: int = 240) -> str:
-    value = str(text)
-    return value if len(value) <= limit else value[: limit - 1] + "\u2026"
-
-
-def _classes(proof: Proof) -> str:
-    entries: Sequence[Mapping[str, Any]] = proof.details.get("classes", [])
-    if not entries:
-        return ""
-    rows = [(e["label"], float(e["baseline"]), float(e["candidate"]), int(e["n"])) for e in entries]
-    legend = (
-        '<p class="legend"><i class="key a"></i>before <i class="key b"></i>after</p>'
-        f'<figure class="wide">{svg.dumbbells("cls", rows)}</figure>'
-    )
-    note = "Share of each class's rows that were recognized; the largest changes, worst first."
-    return _section("Recall by class", note, legend)
 
 
 # --- evidence ----------------------------------------------------------------------------------
@@ -307,14 +271,22 @@ def _claims(proof: Proof) -> str:
     if len(devices) > 1:
         head.append("Device")
     body = "".join(_row(claim, head) for claim in proof.claims)
-    heads = "".join(f'<th scope="col">{_e(h)}</th>' for h in head)
+    heads = "".join(f'<th scope="col">{esc(h)}</th>' for h in head)
     where = f" All on: {', '.join(devices)}." if len(devices) == 1 else ""
-    return _section(
+    paired = (
+        "Perplexity is paired: both models predict the same tokens, and the interval is a "
+        "bootstrap over texts"
+        if "texts" in proof.data
+        else "Accuracy is paired: both models see the same rows, and the interval is a bootstrap "
+        "over rows"
+    )
+    notes = "".join(f'<p class="notes">{esc(note)}</p>' for note in _format.notes(proof))
+    return section(
         "Every claim",
-        "Accuracy is paired: both models see the same rows, and the interval is a bootstrap over "
-        "rows; counted values are exact. Noise is about what a metric varies by from run to run; "
-        f"verdicts come from the interval alone.{where}",
-        f'<table class="claims"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>',
+        f"{paired}; counted values are exact. Noise is about what a metric varies by from run to "
+        f"run; verdicts come from the interval alone.{where}",
+        f'{notes}<table class="claims"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody>'
+        "</table>",
     )
 
 
@@ -329,9 +301,9 @@ def _row(claim: Claim, head: Sequence[str]) -> str:
         claim.device,
     ]
     shown = _format.sides(claim)
-    title = _e(claim.title) + (f"<small>{_e(shown)}</small>" if shown else "")
+    title = esc(claim.title) + (f"<small>{esc(shown)}</small>" if shown else "")
     tds = "".join(
-        f'<td data-label="{_e(label)}">{_e(cell)}</td>'
+        f'<td data-label="{esc(label)}">{esc(cell)}</td>'
         for label, cell in zip(head[1:], cells, strict=False)
     )
     return f'<tr><th scope="row">{title}</th>{tds}</tr>'
@@ -340,7 +312,7 @@ def _row(claim: Claim, head: Sequence[str]) -> str:
 def _origin(proof: Proof) -> str:
     lineage: Sequence[Mapping[str, Any]] = proof.candidate.get("lineage", [])
     steps = "".join(
-        f"<li><b>{_e(step.get('method', ''))}</b> {_e(_settings(step.get('settings', {})))}</li>"
+        f"<li><b>{esc(step.get('method', ''))}</b> {esc(_settings(step.get('settings', {})))}</li>"
         for step in lineage
     )
     facts = [(key, value) for key, value in proof.device.items() if value]
@@ -349,14 +321,14 @@ def _origin(proof: Proof) -> str:
         ("candidate", f"sha256 {str(proof.candidate.get('digest', ''))[:12]}"),
         ("baseline", f"sha256 {str(proof.baseline.get('digest', ''))[:12]}"),
     ]
-    table = "".join(f"<div><dt>{_e(k)}</dt><dd>{_e(v)}</dd></div>" for k, v in facts)
+    table = "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in facts)
     command = str(proof.details.get("command", ""))
     body = (f'<h3>Made by</h3><ol class="steps">{steps}</ol>' if steps else "") + (
         f'<h3>Measured on</h3><dl class="facts">{table}</dl>'
     )
     if command:
-        body += f"<h3>Run it again</h3><pre><code>{_e(command)}</code></pre>"
-    return _section("Origin", "What was measured, where, and how to repeat it.", body)
+        body += f"<h3>Run it again</h3><pre><code>{esc(command)}</code></pre>"
+    return section("Origin", "What was measured, where, and how to repeat it.", body)
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

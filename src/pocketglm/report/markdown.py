@@ -13,13 +13,13 @@ def render(proof: Proof) -> str:
         f"# {_format.WORDS[proof.verdict]}: {name}\n\n"
         f"{cell(_format.precision(proof.candidate))} against "
         f"{cell(_format.precision(proof.baseline))}, task {cell(proof.task)}, "
-        f"{int(proof.data.get('n', 0)):,} test rows of {cell(proof.data.get('path', ''))}, "
+        f"{_format.scored(proof)} of {cell(proof.data.get('path', ''))}, "
         f"{cell(proof.created)}.\n\n{table(proof)}"
     )
 
 
 def table(proof: Proof) -> str:
-    """Every claim in one row: sides, value, interval, n, limit, verdict; then the devices."""
+    """Every claim in one row: sides, value, interval, n, limit, verdict; then how and where."""
     lines = [
         "| claim | before \u2192 after | value | 95 % interval | n | limit | verdict |",
         "|---|---|---:|---|---:|---|---|",
@@ -36,7 +36,8 @@ def table(proof: Proof) -> str:
         ]
         lines.append("| " + " | ".join(cell(text) for text in cells) + " |")
     devices = sorted({claim.device for claim in proof.claims})
-    return "\n".join(lines) + f"\n\nMeasured on: {cell('; '.join(devices))}.\n"
+    notes = "".join(f"{cell(note)}\n" for note in _format.notes(proof))
+    return "\n".join(lines) + f"\n\n{notes}Measured on: {cell('; '.join(devices))}.\n"
 
 
 def cell(value: object) -> str:

@@ -89,7 +89,7 @@ def gate(key: str, claim: Claim) -> str:
     points = [claim.low, claim.high, claim.value, claim.limit, neutral]
     pad = max(max(points) - min(points), 1e-9) * 0.14
     start, end = min(points) - pad, max(points) + pad
-    if claim.unit not in ("points", "x"):
+    if claim.unit not in ("points", "%", "x"):  # the others are never negative
         start = max(start, 0.0)
 
     def at(value: float) -> float:

@@ -3,7 +3,8 @@
 Accuracy: paired bootstrap over rows. Speed: one ratio per interleaved pair, and the
 distribution-free interval of their median (order statistics; Conover 1999, "Practical
 Nonparametric Statistics", 3.2); memory and load time likewise, over fresh processes. Sizes and the
-worst cosine are exact, so their interval is the value.
+worst cosine are exact, so their interval is the value. `_claims_decoder.py` has what only decoders
+are measured by.
 """
 
 from __future__ import annotations
@@ -41,12 +42,14 @@ class Gates(Config):
     """The limits of a proof; None = the figure is stated and not judged.
 
     max_accuracy_drop, max_oos_recall_drop: percentage points of the task's primary metric and of
-    the out-of-scope recall. min_speedup, min_size_ratio: baseline over candidate (latency; model
-    file). max_latency_ms: p50. max_memory_mb: peak of the process. max_size_mb: whole folder.
+    the out-of-scope recall. max_perplexity_increase: percent. min_speedup, min_size_ratio: baseline
+    over candidate (latency, of a decoder that of a new token; model file). max_latency_ms: p50, of
+    a decoder that of a new token. max_memory_mb: peak of the process. max_size_mb: whole folder.
     """
 
     max_accuracy_drop: FiniteFloat | None = None
     max_oos_recall_drop: FiniteFloat | None = None
+    max_perplexity_increase: FiniteFloat | None = None
     min_speedup: FiniteFloat | None = None
     min_size_ratio: FiniteFloat | None = None
     max_latency_ms: FiniteFloat | None = None
@@ -56,9 +59,10 @@ class Gates(Config):
 
 # The claims of which one is judged by each gate.
 _GATED = {
-    "max_accuracy_drop": ("accuracy_drop", "nn_accuracy_drop"),
+    "max_accuracy_drop": ("accuracy_drop", "nn_accuracy_drop", "exact_match_drop"),
     "max_oos_recall_drop": ("oos_recall_drop",),
-    "min_speedup": ("speedup",),
+    "max_perplexity_increase": ("perplexity_increase",),
+    "min_speedup": ("speedup", "decode_speedup"),
     "min_size_ratio": ("size_ratio",),
     "max_latency_ms": ("latency_p50",),
     "max_memory_mb": ("peak_memory",),
@@ -121,6 +125,59 @@ class Builder:
             verdict="stated" if limit is None else verdict(low, high, limit, better),
         )
 
+    def drop(
+        self, metric: str, title: str, before: Values, after: Values, limit: float | None = None
+    ) -> Claim:
+        """How many points the mean of `after` is lower; shares [N] of the same rows, NaN: none."""
+        n = int((~np.isnan(before - after)).sum())
+        drop, low, high = paired_bootstrap(before, after)
+        sides = (100 * float(np.nanmean(before)), 100 * float(np.nanmean(after)))
+        return self.claim(
+            metric, title, "points", 100 * drop, (100 * low, 100 * high), n, 100 / n,
+            sides=sides, limit=limit,
+        )  # fmt: skip
+
+    def flips(self, baseline: Scores, candidate: Scores) -> Claim:
+        """The share of predictions that changed."""
+        pairs = list(zip(baseline.predictions, candidate.predictions, strict=True))
+        n, changed = len(pairs), sum(a != b for a, b in pairs)
+        low, high = wilson(changed, n)
+        return self.claim(
+            "flips", "Changed predictions", "%", 100 * changed / n, (100 * low, 100 * high), n,
+            100 / n,
+        )  # fmt: skip
+
+    def speedup(
+        self,
+        metric: str,
+        title: str,
+        ratios: Values,
+        sides: tuple[float, float],
+        limit: float | None = None,
+    ) -> Claim:
+        """The median of the rounds' ratios."""
+        value = float(np.median(ratios))
+        return self.claim(
+            metric, title, "x", value, median_interval(ratios), len(ratios), TIME_NOISE * value,
+            sides=sides, limit=limit, better="higher",
+        )  # fmt: skip
+
+    def latency(
+        self,
+        metric: str,
+        title: str,
+        sides: tuple[float, float],
+        medians: Values,
+        limit: float | None = None,
+    ) -> Claim:
+        """p50 in ms of both sides; `medians` are those of the candidate's rounds or processes."""
+        value = sides[1]
+        low, high = median_interval(medians)
+        return self.claim(
+            metric, title, "ms", value, (min(low, value), max(high, value)), len(medians),
+            TIME_NOISE * value, sides=sides, limit=limit,
+        )  # fmt: skip
+
 
 def median_interval(values: Values) -> tuple[float, float]:
     """Interval of the median by order statistics, at least 95 % sure.
@@ -149,31 +206,14 @@ def task_claims(build: Builder, baseline: Scores, candidate: Scores, gates: Gate
         names += ["accuracy_all", "oos_recall"]
     claims = []
     for name in names:
-        a, b = baseline.rows[name], candidate.rows[name]
-        n = int((~np.isnan(a - b)).sum())
-        drop, low, high = paired_bootstrap(a, b)
         plain = name in ("accuracy", "accuracy_all") and name == baseline.primary
-        claims.append(
-            build.claim(
-                "accuracy_drop" if plain else f"{name}_drop",
-                "Accuracy drop" if plain else _TITLES[name],
-                "points", 100 * drop, (100 * low, 100 * high), n, 100 / n,
-                sides=(100 * float(np.nanmean(a)), 100 * float(np.nanmean(b))),
-                limit=limits.get(name),
-            )
-        )  # fmt: skip
+        metric = "accuracy_drop" if plain else f"{name}_drop"
+        title = "Accuracy drop" if plain else _TITLES[name]
+        rows = (baseline.rows[name], candidate.rows[name])
+        claims.append(build.drop(metric, title, *rows, limits.get(name)))
     if "macro_f1" in baseline.metrics:
         claims.append(_macro_f1_drop(build, baseline, candidate))
-    n = len(baseline.gold)
-    changed = sum(a != b for a, b in zip(baseline.predictions, candidate.predictions, strict=True))
-    low, high = wilson(changed, n)
-    claims.append(
-        build.claim(
-            "flips", "Changed predictions", "%", 100 * changed / n, (100 * low, 100 * high), n,
-            100 / n,
-        )
-    )  # fmt: skip
-    return claims
+    return [*claims, build.flips(baseline, candidate)]
 
 
 def _macro_f1_drop(build: Builder, baseline: Scores, candidate: Scores) -> Claim:
@@ -220,25 +260,18 @@ def cosine_claims(build: Builder, cosines: Values) -> list[Claim]:
 
 def speed_claims(build: Builder, a: Timings, b: Timings, gates: Gates) -> list[Claim]:
     """Speedup and p50 latency over the rounds, load time over the processes."""
-    ratios = a.medians / b.medians
     p50 = (float(np.median(a.samples)), float(np.median(b.samples)))
-    low, high = median_interval(b.medians)
-    loads = (float(np.median(a.loads)), float(np.median(b.loads)))
-    speedup = float(np.median(ratios))
     return [
-        build.claim(
-            "speedup", "Speedup", "x", speedup, median_interval(ratios), len(ratios),
-            TIME_NOISE * speedup, sides=p50, limit=gates.min_speedup, better="higher",
-        ),
-        build.claim(
-            "latency_p50", "Latency, p50", "ms", p50[1], (min(low, p50[1]), max(high, p50[1])),
-            len(b.medians), TIME_NOISE * p50[1], sides=p50, limit=gates.max_latency_ms,
-        ),
-        build.claim(
-            "load_time", "Load time", "ms", loads[1], median_interval(np.asarray(b.loads)),
-            len(b.loads), TIME_NOISE * loads[1], sides=loads,
-        ),
-    ]  # fmt: skip
+        build.speedup("speedup", "Speedup", a.medians / b.medians, p50, gates.min_speedup),
+        build.latency("latency_p50", "Latency, p50", p50, b.medians, gates.max_latency_ms),
+        load_claim(build, a, b),
+    ]
+
+
+def load_claim(build: Builder, a: Timings, b: Timings) -> Claim:
+    """Load time over fresh processes."""
+    loads = (float(np.median(a.loads)), float(np.median(b.loads)))
+    return build.latency("load_time", "Load time", loads, np.asarray(b.loads))
 
 
 def memory_claims(build: Builder, a: Timings, b: Timings, gates: Gates) -> list[Claim]:

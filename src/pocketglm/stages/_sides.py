@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from pocketglm.artifacts.checkpoint import model_folder
 from pocketglm.artifacts.export import ExportManifest, check_files, read_export
 from pocketglm.artifacts.manifest import digest_value
-from pocketglm.contracts import Scores
+from pocketglm.contracts import Metric
 from pocketglm.stages._timing import Timings
 
 
@@ -32,7 +33,8 @@ class Side:
     def identity(self) -> list[Any]:
         """What a proof depends on: the files, and the settings that they do not hold."""
         m = self.manifest
-        return [self.digest, m.threads, m.activation, m.labels, m.max_length]
+        own = [m.logits, m.eos_ids, m.command and m.command.intents] if m.kind == "decoder" else []
+        return [self.digest, m.threads, m.activation, m.labels, m.max_length, *own]
 
     @property
     def folder_bytes(self) -> int:
@@ -48,7 +50,8 @@ def open_side(path: Path) -> Side:
     return Side(folder, name, manifest)
 
 
-def describe(side: Side, timings: Timings, scores: Scores) -> dict[str, Any]:
+def describe(side: Side, timings: Timings, metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    """What `proof.json` says of one side."""
     manifest = side.manifest
     made = {"method": "export", "settings": {"target": manifest.target, **manifest.minimum}}
     return {
@@ -74,9 +77,20 @@ def describe(side: Side, timings: Timings, scores: Scores) -> dict[str, Any]:
         "peak_rss_bytes": int(np.median(timings.peaks)),
         "metrics": {
             name: {"value": m.value, "n": m.n, "low": m.low, "high": m.high}
-            for name, m in scores.metrics.items()
+            for name, m in metrics.items()
         },
+        **(_decoder(manifest, timings) if manifest.kind == "decoder" else {}),
         **manifest.origin,
+    }
+
+
+def _decoder(manifest: ExportManifest, timings: Timings) -> dict[str, Any]:
+    return {
+        "kind": "decoder",
+        "logits": manifest.logits,
+        "cache_bytes_per_token": manifest.cache.bytes_per_token if manifest.cache else None,
+        "intents": list(manifest.command.intents) if manifest.command else [],
+        "first_token_ms": float(np.median(timings.prompt_medians)),
     }
 
 

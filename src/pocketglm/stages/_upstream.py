@@ -38,8 +38,6 @@ def opens_in_transformers(ckpt: Checkpoint) -> str:
     elif any(is_embedding(name) for name in packed):
         return "no, because an INT4 embedding is packed"
     if ckpt.config.get("model_type") == POCKETGLM:
-        if is_decoder(ckpt):
-            return "no, because model_type pocketglm is not its own"
         return "no, because model_type pocketglm is not its own (import pocketglm.model.auto first)"
     return WITH_DEQUANTIZE if asymmetric else YES
 

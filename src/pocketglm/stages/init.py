@@ -24,7 +24,7 @@ from pocketglm.artifacts.manifest import (
 from pocketglm.artifacts.output import free_bytes, is_done, output_folder
 from pocketglm.artifacts.schemas import InitResult
 from pocketglm.contracts import Reporter, Silent
-from pocketglm.data.readers import read_texts
+from pocketglm.data.texts import vocabulary_texts
 from pocketglm.data.tokenizer_training import (
     CHAT_EOS,
     PAD,
@@ -60,8 +60,8 @@ def init(
     """Write a new model of `size` into `out`; the same arguments give the same bytes.
 
     vocab_size: rows of the embedding (default: the size's). tokenizer: a folder to copy one from;
-    tokenizer_data: texts to train a byte-level BPE on; neither: one token a byte. Memory is that of
-    a chunk of one tensor.
+    tokenizer_data: texts to train a byte-level BPE on, as `data.texts.vocabulary_texts` reads them;
+    neither: one token a byte. Memory beside the texts is that of a chunk of one tensor.
 
     Raises:
         UsageError: no such size, both kinds of tokenizer, or a vocabulary that is too small.
@@ -75,24 +75,25 @@ def init(
             "--tokenizer and --tokenizer-data exclude each other",
             "copy a tokenizer, or train one",
         )
+    texts = vocabulary_texts(tokenizer_data, text_column) if tokenizer_data else None
     request = digest_value(
         {
             "verb": "init",
             "size": [size, spec.vocab_size],
             "seed": seed,
             "dtype": dtype,
-            "tokenizer": _source_digest(tokenizer, tokenizer_data),
+            "tokenizer": _source_digest(tokenizer, texts),
             "column": text_column,
             "version": tool_versions()["pocketglm"],
         }
     )
     origin = str(tokenizer) if tokenizer else "trained" if tokenizer_data else "bytes"
-    inputs = [source for source in (tokenizer, tokenizer_data) if source]
+    inputs = [source for source in (tokenizer, tokenizer_data) if source and source.exists()]
     already = is_done(out, request, force, inputs)
     if not already:
         _require_space(out, spec, dtype)
         with output_folder(out, request, force, inputs) as folder:
-            _write_tokenizer(folder, spec, tokenizer, tokenizer_data, text_column)
+            _write_tokenizer(folder, spec, tokenizer, texts)
             spec = _with_ids(spec, folder)
             kind = "copied" if tokenizer else origin  # not where it lay: same files, same bytes
             settings = {"size": size, "vocab_size": spec.vocab_size, "tokenizer": kind}
@@ -115,13 +116,11 @@ def init(
     )
 
 
-def _source_digest(tokenizer: Path | None, data: Path | None) -> str | None:
+def _source_digest(tokenizer: Path | None, texts: list[str] | None) -> str | None:
     if tokenizer:
         file = model_folder(tokenizer) / "tokenizer.json"
         return digest_file(file) if file.is_file() else None
-    if data and data.is_file():
-        return digest_file(data)
-    return str(data) if data else None
+    return None if texts is None else digest_value(texts)
 
 
 def _require_space(out: Path, spec: DecoderSpec, dtype: Dtype) -> None:
@@ -136,7 +135,7 @@ def _require_space(out: Path, spec: DecoderSpec, dtype: Dtype) -> None:
 
 
 def _write_tokenizer(
-    folder: Path, spec: DecoderSpec, source: Path | None, data: Path | None, column: str
+    folder: Path, spec: DecoderSpec, source: Path | None, texts: list[str] | None
 ) -> None:
     """Copy, train or make the tokenizer; it must fit the embedding."""
     if source:
@@ -144,7 +143,7 @@ def _write_tokenizer(
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
     else:
-        made = train_bpe(read_texts(data, column), spec.vocab_size) if data else byte_tokenizer()
+        made = train_bpe(texts, spec.vocab_size) if texts else byte_tokenizer()
         save_chat_tokenizer(made, folder, spec.max_position_embeddings)
     size = Tokenizer.load(folder).size
     if size > spec.vocab_size:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from pocketglm.artifacts.checkpoint import Checkpoint
-from pocketglm.artifacts.export import check_files, is_export, read_export
-from pocketglm.artifacts.manifest import digest_file, digest_value
+from pocketglm.artifacts.export import ExportManifest, check_files, is_export, read_export
+from pocketglm.artifacts.manifest import CommandGrammar, digest_file, digest_value
 from pocketglm.artifacts.proof import PROOF, read_proof
 from pocketglm.artifacts.schemas import InspectResult
 from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.model.families import remote_code_note
 from pocketglm.model.hf import (
     check_tensors,
     eos_ids_of,
@@ -73,10 +74,19 @@ def _checkpoint(folder: Path) -> InspectResult:
         parts=parts,
         schemes=_count(ckpt.manifest.schemes),
         opens_in=_opens_in(ckpt),
+        notes=_notes(ckpt),
         digest=ckpt.digest(),
         lineage=ckpt.manifest.lineage,
+        command=_intents(ckpt.manifest.command),
         **_own_fields(ckpt),
     )
+
+
+def _notes(ckpt: Checkpoint) -> list[str]:
+    notes = [note] if (note := remote_code_note(ckpt)) else []
+    if not (ckpt.path / "tokenizer.json").is_file():
+        notes.append("there is no tokenizer.json, which train, eval, run and export need")
+    return notes
 
 
 def _own_fields(ckpt: Checkpoint) -> dict[str, Any]:
@@ -105,22 +115,41 @@ def _export(folder: Path, verify: bool) -> InspectResult:
     manifest = read_export(folder)
     if verify:
         check_files(folder, manifest)
+    cache = manifest.cache
     shown = {"target", "runtime", "model_file", "inputs", "outputs", "operators", "minimum"}
     return InspectResult(
         path=str(folder),
         kind="export",
+        parameters=manifest.parameter_count,
         bytes=sum(entry.bytes for entry in manifest.files.values()),
         precision=manifest.precision,
+        layers=cache.layers if cache else None,
+        kv_heads=cache.kv_heads if cache else None,
+        head_dim=cache.head_dim if cache else None,
+        kv_bytes_per_token=cache.bytes_per_token if cache else None,
+        eos_ids=manifest.eos_ids,
+        logits=manifest.logits,
+        command=_intents(manifest.command),
+        vocab_size=manifest.vocab_size or None,
         max_length=manifest.max_length,
         pooling=manifest.pooling,
         labels=manifest.labels,
         parts=manifest.parameters,
         schemes=_count(manifest.schemes),
-        opens_in={manifest.runtime: "yes"},
+        opens_in=_export_opens_in(folder, manifest),
         digest=digest_value({name: entry.sha256 for name, entry in manifest.files.items()}),
         lineage=manifest.lineage,
         export=manifest.model_dump(mode="json", include=shown | {"parity"}),
     )
+
+
+def _export_opens_in(folder: Path, manifest: ExportManifest) -> dict[str, str]:
+    genai = {"genai": "yes"} if (folder / "genai_config.json").is_file() else {}
+    return {manifest.runtime: "yes", **genai}
+
+
+def _intents(command: CommandGrammar | None) -> dict[str, list[str]] | None:
+    return command.intents if command else None
 
 
 def _proof(folder: Path) -> InspectResult:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import datetime
 import shlex
 import shutil
-from dataclasses import dataclass, fields
+from collections.abc import Collection
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,19 @@ from pocketglm.contracts import (
     DataOptions,
     ExportOptions,
     Reporter,
-    RunOptions,
-    Scores,
     Silent,
+    Task,
 )
-from pocketglm.data.readers import read_split
 from pocketglm.errors import InputError, UsageError, WorkError
-from pocketglm.eval._evaluate import evaluate, held_out
-from pocketglm.eval.embed import cosine_parity
-from pocketglm.model.hf import labels_of
+from pocketglm.eval._evaluate import check_kind, check_vocabularies, held_out
+from pocketglm.eval.command import read_grammar
+from pocketglm.model.hf import is_decoder, labels_of
 from pocketglm.report import card, html, markdown
-from pocketglm.runtimes import open_encoder
 from pocketglm.runtimes._cores import usable_cores
-from pocketglm.stages import _claims, _device
+from pocketglm.stages import _claims, _claims_decoder, _device
 from pocketglm.stages._claims import Builder, Gates
 from pocketglm.stages._sides import Side, describe, model_bytes, open_side
+from pocketglm.stages._task import Job, compare, read_rows
 from pocketglm.stages._timing import Timings, interleave
 from pocketglm.stages.export import export as export_checkpoint
 from pocketglm.text.tokenizer import Tokenizer
@@ -48,32 +47,9 @@ __all__ = ["Gates", "exit_code", "prove"]
 
 REPORT = "report.html"
 TOKENS = 32
+PROMPT, NEW_TOKENS = 128, 64  # of a decoder; less where its context is short
 _PAIRS = 7  # the fewest that give an interval and survive an outlier
-_COSINE_TEXTS = 500
 _PACKAGES = {"onnx": ("onnxruntime", "numpy")}
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What `prove` measures; `rows` is the digest of the rows that are scored, `threads` what both
-    models run with."""
-
-    task: str
-    data: DataOptions
-    gates: Gates
-    threads: int
-    pairs: int
-    max_length: int | None
-    rows: str
-
-    @property
-    def run(self) -> RunOptions:
-        return RunOptions(threads=self.threads)
-
-    def key(self) -> list[Any]:
-        """What decides the result, for the request's digest."""
-        asked = [self.task, self.rows, self.gates.model_dump(), self.threads, self.pairs]
-        return [*asked, self.max_length, self.data.oos_label]
 
 
 def exit_code(result: ProveResult, allow_inconclusive: bool = False) -> int:
@@ -99,13 +75,14 @@ def prove(
 ) -> ProveResult:
     """Compare the export folder `export` with `baseline`, an export or a checkpoint.
 
-    A checkpoint is first exported, in fp32, to the candidate's target. Both run with `threads`, by
-    default the candidate's own, else all usable cores. The result's verdict is the worst of the
-    gates'; `exit_code` turns it into the process's.
+    A checkpoint is first exported, in fp32, to the candidate's target, with its length and form of
+    logits. Both run with `threads`, by default the candidate's own, else all usable cores. The
+    result's verdict is the worst of the gates'; `exit_code` turns it into the process's.
 
     Raises:
-        UsageError: unknown task, no such folder, too few pairs, models that cannot be compared, a
-            gate for what the data does not let measure, or `out` holds an input.
+        UsageError: unknown task, or one for the other kind of model; no such folder, too few pairs,
+            models that cannot be compared, a gate for what the data does not let measure, or `out`
+            holds an input.
         CheckpointError: a folder is not what it should be, or was changed since.
         DataError: the data cannot be used.
         OutputExistsError: `out` holds something else.
@@ -116,15 +93,20 @@ def prove(
         raise UsageError(
             f"--pairs {pairs} is too few for a 95 % interval", f"use {_PAIRS} or more (default 9)"
         )
-    registry.load("eval", task)
+    spec: Task = registry.load("eval", task)
     gates = gates or Gates()
     candidate = open_side(export)
     other = _baseline(baseline)
-    _check_pair(other, candidate)
+    check_kind(export, task, spec, candidate.manifest.kind)
+    check_kind(baseline, task, spec, _kind_of(other))
+    if spec.kind == "decoder":
+        _check_decoders(other, candidate, task)
+    else:
+        _check_labels(other, candidate)
     data = held_out(other.path, held_out(candidate.path, data, reporter), reporter)
-    rows = _read_rows(data, task, gates)
+    rows = read_rows(data, task, gates)
     threads = threads or candidate.manifest.threads or usable_cores()
-    job = _Job(task, data, gates, threads, pairs, max_length, rows)
+    job = Job(task, data, gates, threads, pairs, max_length, rows)
     base = other.identity if isinstance(other, Side) else other.digest()
     version = tool_versions()["pocketglm"]
     request = digest_value(["prove", version, candidate.identity, base, *job.key()])
@@ -191,7 +173,9 @@ def _export(checkpoint: Checkpoint, candidate: Side, folder: Path, reporter: Rep
         checkpoint.path,
         [target],
         folder,
-        options=ExportOptions(max_length=candidate.manifest.max_length),
+        options=ExportOptions(
+            max_length=candidate.manifest.max_length, logits=candidate.manifest.logits or "last"
+        ),
         force=False,
         reporter=reporter,
     )
@@ -206,57 +190,73 @@ def _export(checkpoint: Checkpoint, candidate: Side, folder: Path, reporter: Rep
     return Side(where, checkpoint.path.resolve().name, read_export(where))
 
 
-def _check_pair(baseline: Side | Checkpoint, candidate: Side) -> None:
-    labels, runtime = candidate.manifest.labels, candidate.manifest.runtime
+def _kind_of(side: Side | Checkpoint) -> str:
+    if isinstance(side, Side):
+        return side.manifest.kind
+    return "decoder" if is_decoder(side) else "encoder"
+
+
+def _check_runtime(baseline: Side, candidate: Side) -> None:
+    if baseline.manifest.runtime != candidate.manifest.runtime:
+        raise UsageError(
+            f"the baseline runs in {baseline.manifest.runtime}, the candidate in "
+            f"{candidate.manifest.runtime}",
+            "name a checkpoint as the baseline, it is exported to the candidate's runtime",
+        )
+
+
+def _check_labels(baseline: Side | Checkpoint, candidate: Side) -> None:
+    labels = candidate.manifest.labels
     if isinstance(baseline, Side):
+        _check_runtime(baseline, candidate)
         others = baseline.manifest.labels
-        if baseline.manifest.runtime != runtime:
-            raise UsageError(
-                f"the baseline runs in {baseline.manifest.runtime}, the candidate in {runtime}",
-                "name a checkpoint as the baseline, it is exported to the candidate's runtime",
-            )
     else:
         others = labels_of(baseline)
-    if different := sorted({*labels} ^ {*others}):
+    _check_same("labels", others, labels)
+
+
+def _check_same(what: str, others: Collection[str], ours: Collection[str]) -> None:
+    if different := sorted({*ours} ^ {*others}):
         raise UsageError(
-            f"the two models have different labels ({len(others)} and {len(labels)}), among them "
+            f"the two models have different {what} ({len(others)} and {len(ours)}), among them "
             + ", ".join(different[:3]),
             "compare an export with the checkpoint that it was made from",
         )
+
+
+def _check_decoders(baseline: Side | Checkpoint, candidate: Side, task: str) -> None:
+    if isinstance(baseline, Side):
+        _check_runtime(baseline, candidate)
+        forms = (baseline.manifest.logits, candidate.manifest.logits)
+        if forms[0] != forms[1]:
+            raise UsageError(
+                f"the baseline computes the logits of positions: {forms[0]}, the candidate: "
+                f"{forms[1]}; their prompts cannot be timed against each other",
+                "name a checkpoint as the baseline, or export both with the same --logits",
+            )
+    if task == "command":
+        others, ours = (read_grammar(side.path).intents for side in (baseline, candidate))
+        _check_same("intents", others, ours)
+    else:
+        check_vocabularies(candidate.path, Tokenizer.load(candidate.path), baseline.path)
 
 
 # --- measuring ---------------------------------------------------------------------------------
 
 
 def _measure(
-    baseline: Side, candidate: Side, job: _Job, request: str, command: str, reporter: Reporter
+    baseline: Side, candidate: Side, job: Job, request: str, command: str, reporter: Reporter
 ) -> Proof:
     sides = (baseline, candidate)
-    before, after = (_score(side, job, reporter) for side in sides)
-    tokens = min(TOKENS, baseline.manifest.max_length, candidate.manifest.max_length)
-    timings = interleave(baseline.path, candidate.path, tokens, job.threads, job.pairs, reporter)
     device = _device.describe(*_PACKAGES.get(candidate.manifest.runtime, ()))
     build = Builder(_device.short(device, job.threads))
-    claims = _claims.task_claims(build, before, after, job.gates)
-    if job.task == "embed":
-        claims += _cosines(build, sides, before, job, reporter)
-    claims += _machine_claims(build, sides, timings, job.gates)
+    found = compare(build, sides, job, reporter)
+    tokens, new = _lengths(sides)
+    timings = interleave(
+        baseline.path, candidate.path, tokens, job.threads, job.pairs, reporter, new
+    )
+    claims = [*found.claims, *_machine_claims(build, sides, timings, tokens, job.gates)]
     _claims.check_gates(claims, job.gates)
-    details: dict[str, Any] = {
-        "command": command,
-        "latency": {
-            "baseline": [round(float(ms), 4) for ms in timings[0].samples],
-            "candidate": [round(float(ms), 4) for ms in timings[1].samples],
-            "batch": 1,
-            "tokens": tokens,
-            "threads": job.threads,
-            "pairs": job.pairs,
-        },
-        "flips": _claims.flips(before, after),
-    }
-    if job.task == "intent":
-        details["confusions"] = _claims.confusions(before, after)
-        details["classes"] = _claims.classes(before, after)
     return Proof(
         request=request,
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -265,76 +265,70 @@ def _measure(
         data={
             "path": str(job.data.path),
             "split": "test",
-            "n": len(before.gold),
+            "n": found.n,
+            **found.counts,
             "digest": job.rows,
         },
-        candidate=describe(candidate, timings[1], after),
-        baseline=describe(baseline, timings[0], before),
+        candidate=describe(candidate, timings[1], found.metrics[1]),
+        baseline=describe(baseline, timings[0], found.metrics[0]),
         claims=claims,
         verdict=overall(claims),
-        details=details,
+        details={
+            "command": command,
+            "latency": {
+                **{
+                    name: [round(float(ms), 4) for ms in side.samples]
+                    for name, side in zip(("baseline", "candidate"), timings, strict=True)
+                },
+                "batch": 1,
+                "tokens": tokens,
+                **({"new_tokens": new} if new else {}),
+                "threads": job.threads,
+                "pairs": job.pairs,
+            },
+            **found.details,
+            **({"notes": [*found.notes, _speed_note(tokens, new)]} if new else {}),
+        },
     )
 
 
-def _score(side: Side, job: _Job, reporter: Reporter) -> Scores:
-    reporter.say(f"scoring {side.name} ({side.manifest.precision})")
-    return evaluate(side.path, job.task, job.data, job.max_length, job.run, reporter)[0]
+def _speed_note(tokens: int, new: int) -> str:
+    return f"speed and memory: prompts of {tokens} tokens, {new} new tokens after each, batch 1"
+
+
+def _lengths(sides: tuple[Side, Side]) -> tuple[int, int]:
+    """Tokens of the timed texts: of an encoder's, or of a decoder's prompt and after it."""
+    limit = min(side.manifest.max_length for side in sides)
+    if sides[1].manifest.kind == "encoder":
+        return min(TOKENS, limit), 0
+    return max(min(PROMPT, limit // 2), 1), max(min(NEW_TOKENS, limit // 4), 1)
 
 
 def _machine_claims(
-    build: Builder, sides: tuple[Side, Side], timings: tuple[Timings, Timings], gates: Gates
+    build: Builder,
+    sides: tuple[Side, Side],
+    timings: tuple[Timings, Timings],
+    tokens: int,
+    gates: Gates,
 ) -> list[Claim]:
     a, b = sides
     files = (model_bytes(a.manifest), model_bytes(b.manifest))
+    speed = (
+        _claims_decoder.speed_claims(build, *timings, tokens, gates)
+        if b.manifest.kind == "decoder"
+        else _claims.speed_claims(build, *timings, gates)
+    )
     return [
-        *_claims.speed_claims(build, *timings, gates),
+        *speed,
         *_claims.size_claims(build, files, (a.folder_bytes, b.folder_bytes), gates),
         *_claims.memory_claims(build, *timings, gates),
     ]
 
 
-def _cosines(
-    build: Builder, sides: tuple[Side, Side], scores: Scores, job: _Job, reporter: Reporter
-) -> list[Claim]:
-    texts = list(scores.texts)[:_COSINE_TEXTS]
-    a, b = (open_encoder(side.path, job.run) for side in sides)
-    try:
-        tokenizer = Tokenizer.load(sides[0].path)
-        values = cosine_parity(a, b, tokenizer, texts, job.max_length, reporter)
-    finally:
-        a.close()
-        b.close()
-    return _claims.cosine_claims(build, values)
-
-
 # --- what was asked ----------------------------------------------------------------------------
 
 
-def _read_rows(data: DataOptions, task: str, gates: Gates) -> str:
-    """sha256 over the rows that are scored (for `embed` also those they are compared with)."""
-    train = read_split(data, "train") if task == "embed" else []
-    test = read_split(data, "test")
-    if gates.max_oos_recall_drop is not None:
-        oos = [row.label == data.oos_label for row in test]
-        why = (
-            f"the task '{task}' has no out-of-scope recall to limit"
-            if task != "intent"
-            else f"no test row has the label '{data.oos_label}'"
-            if not any(oos)
-            else f"every test row has the label '{data.oos_label}', so their recall is the accuracy"
-            if all(oos)
-            else ""
-        )
-        if why:
-            raise UsageError(
-                f"--max-oos-recall-drop: {why}",
-                "leave it out (--max-accuracy-drop limits the accuracy), or name the label with "
-                "--oos-label",
-            )
-    return digest_value([len(train), *([row.text, row.label] for row in [*train, *test])])
-
-
-def _command(export: Path, baseline: Path, out: Path, job: _Job) -> str:
+def _command(export: Path, baseline: Path, out: Path, job: Job) -> str:
     """The command line that repeats this proof."""
     usual = DataOptions(job.data.path)
     options: dict[str, Any] = {
