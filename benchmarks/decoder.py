@@ -4,7 +4,7 @@
 
 Parts: agree (same tokens as PyTorch), level4 (what int8 activations change), speed, snips; all of
 them by default. Resumable: a part's figures are kept in WORK/PART.json, and the finished output of
-every command is reused. Run `speed` on an otherwise idle machine. Conversion is measured by convert.py.
+every command is reused. Run `speed` on an otherwise idle machine. convert.py measures conversion.
 """
 
 from __future__ import annotations
@@ -396,8 +396,8 @@ def alternate(folders: dict[str, Path]) -> dict[str, Any]:
 # --- snips ---------------------------------------------------------------------------------------
 
 SNIPS = [
-    "--epochs", "16", "--batch-size", "64", "--learning-rate", "1e-3", "--dropout", "0.1",
-    "--slot-swap", "0.5", "--weight-decay", "0.1", "--patience", "16",
+    "--epochs", "14", "--batch-size", "64", "--learning-rate", "1e-3", "--dropout", "0.15",
+    "--label-smoothing", "0.1", "--slot-swap", "0.5", "--weight-decay", "0.1", "--patience", "14",
 ]  # fmt: skip
 
 

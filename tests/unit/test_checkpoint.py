@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from pocketglm.artifacts.checkpoint import Checkpoint, model_folder, read_json, remote_code_hint
+from pocketglm.artifacts.export import EXPORT, ExportManifest, Parity
 from pocketglm.artifacts.manifest import Manifest, write_json
 from pocketglm.artifacts.safetensors import write_file
 from pocketglm.errors import CheckpointError, UsageError
@@ -247,6 +248,26 @@ def test_a_folder_of_models(folder: Path) -> None:
     with pytest.raises(UsageError, match=rf"no model folder itself; it holds {folder.name}$") as e:
         Checkpoint.open(folder.parent)
     assert e.value.hint == f"use {folder}"
+
+
+def test_an_export_names_its_checkpoint(tmp_path: Path) -> None:
+    parity = Parity(scope="whole", n=1, output_max_abs=0, output_std=1, tolerance=1, agreement=1)
+    manifest = ExportManifest(
+        target="onnx", runtime="onnx", kind="encoder", output="logits", precision="fp32",
+        model_file="m.onnx", inputs=[], outputs=[], max_length=8, tokenizer_sha256="", operators={},
+        checkpoint="c" * 64, origin={"base_model": "org/base"}, parity=parity, files={},
+    )  # fmt: skip
+    folder = tmp_path / "out" / "onnx"
+    folder.mkdir(parents=True)
+    write_json(folder / EXPORT, manifest)
+    for config in (False, True):  # an encoder's has a config.json
+        if config:
+            (folder / "config.json").write_text('{"model_type": "bert"}')
+        error = refused(folder, "is an export, not a checkpoint")
+        assert f"its sha256, {'c' * 64}, of org/base" in error.hint
+        with pytest.raises(UsageError, match=r"out is no model folder itself; it holds onnx$") as e:
+            Checkpoint.open(tmp_path / "out")
+        assert e.value.hint == f"use {folder}; {error.hint}"
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:

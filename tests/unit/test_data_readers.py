@@ -40,6 +40,17 @@ def test_csv_quotes_and_blank_lines_and_byte_order_mark(tmp_path: Path) -> None:
     assert read_split(DataOptions(file), "test") == [Example("hello", "greet")]
 
 
+def test_blanks_around_a_label_are_no_other_label(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", "text,label\na ,x\nb, x \n")
+    assert read_split(DataOptions(file), "test") == [Example("a ", "x"), Example("b", "x")]
+    file = write(tmp_path / "a.jsonl", '{"text": "a", "label": "x\\t"}\n')
+    assert read_split(DataOptions(file), "test") == [Example("a", "x")]
+
+
+def test_a_csv_of_texts_alone_may_hold_other_marks(tmp_path: Path) -> None:
+    assert read_texts(write(tmp_path / "a.csv", "text\na; b\tc|d\n")) == ["a; b\tc|d"]
+
+
 def test_own_columns_and_integer_labels(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", '{"q": "hello", "class": 3}\n')
     options = DataOptions(file, text_column="q", label_column="class")
@@ -106,6 +117,11 @@ BAD = [
     ("a.jsonl", GOOD.encode() + b'{"text": "\xff", "label": "y"}\n', 2, "not UTF-8"),
     ("a.csv", "hello,greet\nbye,leave\n", 2, "no column 'text'; found: hello, greet"),
     ("a.csv", "text,\nhello,greet\n", 1, "unnamed column"),
+    ("a.csv", "text;label\nhello, you;greet\n", 1, "separated by semicolons, not commas: text;"),
+    ("a.csv", '"text";"label"\n"hello";"greet"\n', 1, "separated by semicolons, not commas"),
+    ("a.csv", "text\tlabel\nhello\tgreet\n", 1, "separated by tabs, not commas: text\tlabel"),
+    ("a.csv", "text|label\nhello|greet\n", 1, "separated by bars, not commas: text|label"),
+    ("a.csv", "text,label,text\na,b,c\n", 1, "has the column 'text' more than once: text, label"),
     ("a.csv", "text,label\nhello\n", 2, "fewer fields"),
     ("a.csv", "text,label\nhello, you,greet\n", 2, "more fields"),
     ("a.csv", 'text,label\n"hello,greet\n', 2, "malformed CSV"),

@@ -13,6 +13,7 @@ from pocketglm.errors import (
     CheckpointError,
     DataError,
     DiskFullError,
+    FinishedElsewhereError,
     GateError,
     InputError,
     LockedError,
@@ -25,6 +26,7 @@ from pocketglm.errors import (
     UnsupportedError,
     UsageError,
     WorkError,
+    as_lines,
     nearest,
     require,
 )
@@ -43,9 +45,15 @@ EXIT_CODES: dict[type[PocketError], int] = {
     WorkError: 4,
     DiskFullError: 4,
     LockedError: 4,
+    FinishedElsewhereError: 4,
     MemoryCeilingError: 4,
     PocketError: 4,
 }
+
+
+def test_lines_for_stderr() -> None:
+    assert as_lines("no row\n  - in x", "add one") == "error: no row\n  - in x\n  try: add one\n"
+    assert as_lines("no row", "") == "error: no row\n"
 
 
 def test_every_error_has_its_exit_code() -> None:

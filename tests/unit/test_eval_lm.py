@@ -185,7 +185,9 @@ def test_a_baseline_gives_divergence_and_flips(tmp_path: Path, models: tuple[Pat
     assert result.baseline == str(models[1])
     assert result.notes == list(scores.notes)
     assert result.metrics["kl"].unit == "nats/token"
-    assert set(scores.rows) == {"nll", "kl", "flip_rate"}
+    assert set(scores.rows) == {"nll", "kl", "flip_rate", "baseline_nll", "tokens"}
+    np.testing.assert_allclose(scores.rows["baseline_nll"], run(models[1], data).rows["nll"])
+    assert scores.rows["tokens"].sum() == len(rows)
     same, _ = evaluate(models[0], "lm", data, options=ONE, baseline=models[0])
     assert same.metrics["kl"].value == same.metrics["flip_rate"].value == 0
     assert same.metrics["flip_rate"].high == pytest.approx(3 / 4)  # of four texts

@@ -24,6 +24,7 @@ from pocketglm.artifacts import safetensors
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.export import check_files, read_export
 from pocketglm.artifacts.manifest import digest_file
+from pocketglm.artifacts.output import output_folder
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import ExportOptions, Silent
 from pocketglm.errors import CheckpointError, ParityError, UsageError
@@ -31,6 +32,7 @@ from pocketglm.model.encoder import Encoder
 from pocketglm.model.layers import Block
 from pocketglm.runtimes import open_encoder
 from pocketglm.stages import _parity
+from pocketglm.stages import export as export_stage
 from pocketglm.stages.export import export
 from pocketglm.text.tokenizer import Tokenizer
 
@@ -71,6 +73,8 @@ def test_writes_the_folder_and_its_manifest(tiny: Path, tmp_path: Path) -> None:
     assert manifest.tokenizer_sha256 == digest_file(tiny / "tokenizer.json")
     assert manifest.checkpoint == Checkpoint.open(tiny).digest()
     assert manifest.operators["com.microsoft.Attention"] == 2
+    stored = Checkpoint.open(tiny).tensors.values()
+    assert manifest.parameter_count == sum(tensor.size for tensor in stored)
     parity = manifest.parity
     assert parity == entry.parity
     assert parity.n == len(_parity.SAMPLES) + 1
@@ -104,7 +108,8 @@ def test_opset_13_and_length_are_part_of_the_request(tiny: Path, tmp_path: Path)
     assert export(tiny, EXPORT, out, options=options).targets[0].already_done
     refused = export(tiny, EXPORT, out).targets[0]
     assert (refused.ok, refused.exit_code) == (False, 2)
-    assert "--force" in str(refused.error)
+    assert "was not made by this command" in str(refused.error)
+    assert "--force" in refused.hint
     assert read_export(out / "onnx") == manifest
     assert export(tiny, EXPORT, out, force=True).targets[0].ok
     assert read_export(out / "onnx").max_length == 24
@@ -175,8 +180,8 @@ def test_an_export_that_loses_the_model_is_not_written(tmp_path: Path) -> None:
     entry = export(folder, EXPORT, tmp_path / "out").targets[0]
     assert (entry.ok, entry.exit_code) == (False, 1)
     assert "dynamic_tensor" in str(entry.error)
-    assert "activation=dynamic_block" in str(entry.error)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert "activation=dynamic_block" in entry.hint
+    assert not (tmp_path / "out").exists()
 
 
 def altered(folder: Path, initializer: str, byte: int) -> Path:
@@ -285,7 +290,9 @@ def test_a_stopped_export_leaves_nothing_in_its_place_and_runs_again(
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
     assert done.returncode == -number
     # Ctrl-C still lets us clean up.
-    assert os.listdir(tmp_path / "out") == (["onnx.partial"] if number == signal.SIGKILL else [])
+    left = [str(f.relative_to(tmp_path)) for f in sorted((tmp_path).glob("out/*"))]
+    assert left == (["out/onnx.partial"] if number == signal.SIGKILL else [])
+    assert (tmp_path / "out").exists() == (number == signal.SIGKILL)
     assert export(tiny, EXPORT, tmp_path / "out").targets[0].ok
     assert os.listdir(tmp_path / "out") == ["onnx"]
     export(tiny, EXPORT, tmp_path / "calm")
@@ -314,7 +321,7 @@ def test_a_full_disk(tiny: Path, tiny_disk: Path) -> None:
     entry = export(tiny, EXPORT, tiny_disk / "out").targets[0]
     assert (entry.ok, entry.exit_code) == (False, 4)
     assert "no space left" in str(entry.error)
-    assert list((tiny_disk / "out").iterdir()) == []
+    assert list(tiny_disk.iterdir()) == []
 
 
 def test_force_never_overwrites_the_checkpoint(tiny: Path, tmp_path: Path) -> None:
@@ -347,8 +354,36 @@ def test_a_target_without_its_package_names_the_pip_command(
     monkeypatch.setattr(registry, "_ROOT", tmp_path)
     entry = export(tiny, ["absent"], tmp_path / "out").targets[0]
     assert (entry.ok, entry.exit_code) == (False, 3)
-    assert "pip install 'pocketglm[litert]'" in str(entry.error)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert "pip install 'pocketglm[litert]'" in entry.hint
+    assert not (tmp_path / "out").exists()
+    for kind in ("targets", "runtimes"):  # names for the registry; the real files come first
+        (tmp_path / kind).mkdir(exist_ok=True)
+        (tmp_path / kind / "onnx.py").touch()
+    both = export(tiny, ["absent", "onnx"], tmp_path / "out").targets
+    assert [t.ok for t in both] == [False, True]
+    assert os.listdir(tmp_path / "out") == ["onnx"]
+
+
+def test_an_equal_export_that_was_quicker(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends between our look and our lock."""
+    original = output_folder
+    quicker: list[Path] = []
+
+    def late(out: Path, *arguments: Any) -> Any:
+        if not quicker:
+            quicker.append(out)
+            assert export(tiny, EXPORT, out.parent).targets[0].ok
+            stamp.append(out.stat().st_ino)
+        return original(out, *arguments)
+
+    stamp: list[int] = []
+    monkeypatch.setattr(export_stage, "output_folder", late)
+    entry = export(tiny, EXPORT, tmp_path / "out").targets[0]
+    assert (entry.ok, entry.already_done) == (True, True)
+    assert [(tmp_path / "out" / "onnx").stat().st_ino] == stamp
+    assert os.listdir(tmp_path / "out") == ["onnx"]
 
 
 def test_the_real_minilm_equals_transformers(minilm: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,12 +19,14 @@ import pytest
 
 from pocketglm.artifacts.output import (
     REQUEST,
+    check_place,
     is_done,
     output_folder,
     request_of,
 )
 from pocketglm.errors import (
     DataError,
+    FinishedElsewhereError,
     LockedError,
     OutputExistsError,
     UsageError,
@@ -211,17 +214,56 @@ def test_an_input_reached_by_a_link(out: Path, tmp_path: Path) -> None:
         is_done(out, "r", True, [tmp_path / "link"])
 
 
+@pytest.mark.parametrize("depth", ["", "deep/er"])
+def test_out_may_not_lie_in_an_input(
+    out: Path, depth: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out.parent.mkdir()
+    (tmp_path / "link").symlink_to(out.parent)
+    monkeypatch.chdir(tmp_path)
+    inside = Path("link", depth, "out")
+    for action in (is_done, lambda *a: output_folder(*a).__enter__()):
+        with pytest.raises(UsageError, match=f"--out {inside} lies in runs, which") as caught:
+            action(inside, "r", True, [Path("runs")])
+        assert str(tmp_path / "runs-out") in caught.value.hint
+    assert names(out.parent) == set()
+
+
 def test_inputs_elsewhere_do_not_matter(out: Path) -> None:
-    with output_folder(out, "r", False, [out.parent / "out2", out.parent]) as partial:
+    beside = [out.parent / "out2", out.parent / "ou"]
+    for folder in beside:
+        make(folder, "theirs")
+    with output_folder(out, "r", False, beside) as partial:
         finish(partial, "r")
-    assert is_done(out, "r", False, [out.parent])
+    assert is_done(out, "r", False, beside)
 
 
 @pytest.mark.parametrize("name", [".", "..", "x/.."])
 def test_out_must_have_a_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="cannot be an output folder"):
-        make(Path(name), "r")
+    for action in (lambda: make(Path(name), "r"), lambda: is_done(Path(name), "r", False)):
+        with pytest.raises(UsageError, match="cannot be an output"):
+            action()
+
+
+def test_a_place_where_nothing_can_be_created(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    places = [(tmp_path / "file" / "out", "file is a file, not a folder")]
+    places += [(tmp_path / "file" / "deep" / "out", "file is a file, not a folder")]
+    if os.path.exists("/proc/self"):
+        places += [(Path("/proc/x"), "nothing can be created in /proc")]
+    for out, words in places:
+        for action in (lambda p=out: is_done(p, "r", False), lambda p=out: make(p, "r")):
+            with pytest.raises(UsageError, match=re.escape(words)) as caught:
+                action()
+            assert caught.value.hint
+    assert names(tmp_path) == {"file"}
+
+
+def test_looking_at_a_place_leaves_nothing(out: Path) -> None:
+    before = names(out.parent.parent)
+    check_place(out)
+    assert names(out.parent.parent) == before
 
 
 # --- errors and interruptions -------------------------------------------------------------------
@@ -230,7 +272,27 @@ def test_out_must_have_a_name(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_error_before_anything_is_written_leaves_nothing(out: Path) -> None:
     with pytest.raises(DataError), output_folder(out, "r"):
         raise DataError("row 3 is empty")
-    assert names(out.parent) == set()
+    assert not out.parent.exists()
+
+
+def test_an_error_removes_only_the_folders_that_it_made(out: Path) -> None:
+    deep = out / "a" / "b"
+    make(out / "sibling", "theirs")
+
+    def fail(*, beside: bool) -> None:
+        with output_folder(deep / "c", "r"):
+            if beside:
+                (deep / "another output").mkdir()
+            raise DataError("row 3 is empty")
+
+    for beside, left in ((False, {"sibling"}), (True, {"sibling", "a"})):
+        with pytest.raises(DataError):
+            fail(beside=beside)
+        assert names(out) == left
+    (deep / "another output").rmdir()
+    with pytest.raises(DataError):
+        fail(beside=False)
+    assert names(deep) == set()  # it was there
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), DataError("late"), RuntimeError("bug")])
@@ -331,6 +393,18 @@ def test_the_slower_of_two_writers_does_not_replace_the_result(out: Path) -> Non
     with pytest.raises(OutputExistsError):
         make(out, "r")
     assert (out / "result").read_text() == "precious"
+
+
+def test_the_slower_of_two_equal_writers_is_told_that_it_is_done(out: Path) -> None:
+    assert not is_done(out, "r", force=False)
+    make(out, "r", "the first one's")
+    with pytest.raises(FinishedElsewhereError, match="has just finished"):
+        make(out, "r", "the second one's")
+    assert is_done(out, "r", force=False)
+    assert (out / "result").read_text() == "the first one's"
+    assert names(out.parent) == {"out"}
+    make(out, "r", "again", force=True)
+    assert (out / "result").read_text() == "again"
 
 
 @pytest.mark.parametrize("call", ["open", "flock", "stat"])

@@ -119,12 +119,23 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, "out"], cwd=locked, capture_output=True, text=True
     )
-    assert done.stdout == "out.partial: Permission denied\n", done.stderr
+    assert done.stdout.startswith("--out out: nothing can be created in "), done.stderr
+    assert done.stdout.endswith("locked (Permission denied)\n")
+
+
+def test_a_disk_without_room_for_a_folder(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out.parent.mkdir()
+    monkeypatch.setattr(os, "mkdir", full)
+    with pytest.raises(DiskFullError):
+        is_done(out, "r", force=False)
 
 
 def test_out_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"Not a directory|File exists"):
+    with pytest.raises(UsageError, match=r"file is a file, not a folder"):
         write_big(tmp_path / "file" / "out")
 
 

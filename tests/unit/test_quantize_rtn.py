@@ -49,6 +49,18 @@ def test_int4_has_groups_of_32_and_float_activations(ckpt: Checkpoint) -> None:
     }
 
 
+def test_int8_in_groups_has_an_activation_form_that_targets_take(ckpt: Checkpoint) -> None:
+    found = chosen(ckpt, group_size=32, head=8)
+    assert set(found.values()) == {TensorScheme(bits=8, group_size=32, activation="dynamic_block")}
+    for settings in ({"bits": 8, "group_size": 32}, {"bits": 4}, {"bits": 4, "head": 8}):
+        config = RtnConfig(**settings, activation="dynamic_tensor")
+        (reason,) = SPEC.check(config, ckpt)
+        assert "dynamic_tensor goes with whole rows, not with groups of 32" in reason
+        assert "dynamic_block" in reason
+        assert SPEC.check(RtnConfig(**settings), ckpt) == []
+    assert SPEC.check(RtnConfig(activation="dynamic_tensor"), ckpt) == []
+
+
 def test_embedding_and_head_are_options(ckpt: Checkpoint) -> None:
     found = chosen(ckpt, bits=4, group_size=64, embeddings=8, head=8)
     extra = {name: scheme for name, scheme in found.items() if ".encoder." not in name}

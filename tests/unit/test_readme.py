@@ -17,34 +17,72 @@ ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README.zh-CN.md")
 
 
-def tour(readme: str) -> str:
+def tours(readme: str) -> list[str]:
+    """The scripts: an encoder, a decoder for commands, a larger decoder."""
     text = (ROOT / readme).read_text(encoding="utf-8")
-    return text.partition("```sh\n")[2].partition("```")[0]
+    return re.findall(r"```sh\n(.*?)```", text, re.S)
 
 
 def environment() -> dict[str, str]:
     return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def test_the_tour(tmp_path: Path) -> None:
-    """Every command, with less training and a gate to match."""
-    script = tour("README.md")
-    assert 5 < len(script.strip().splitlines()) <= 15
-    (tmp_path / "plans").symlink_to(ROOT / "plans")
-    for long, short in (("--minutes 2 ", "--minutes 0.1 "), ("-drop 1.5 ", "-drop 20 ")):
-        assert long in script
-        script = script.replace(long, short)
+def follow(script: str, folder: Path) -> str:
+    """What the commands print."""
+    (folder / "plans").symlink_to(ROOT / "plans")
     done = subprocess.run(
-        ["bash", "-euc", script], cwd=tmp_path, env=environment(), capture_output=True, text=True,
+        ["bash", "-euc", script], cwd=folder, env=environment(), capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "verdict: pass" in done.stdout
+    return done.stdout
+
+
+def shortened(script: str, *replaced: tuple[str, str]) -> str:
+    """The script with pairs of text replaced, so that it takes less time."""
+    for long, short in replaced:
+        assert long in script
+        script = script.replace(long, short)
+    return script
+
+
+def test_the_tour_of_an_encoder(tmp_path: Path) -> None:
+    """Every command, with less training and a gate to match."""
+    script = tours("README.md")[0]
+    assert 5 < len(script.strip().splitlines()) <= 15
+    script = shortened(script, ("--minutes 2 ", "--minutes 0.1 "), ("-drop 1.5 ", "-drop 20 "))
+    assert "verdict: pass" in follow(script, tmp_path)
     assert (tmp_path / "runs/proof/report.html").stat().st_size > 10_000
 
 
-def test_both_readmes_have_the_same_tour() -> None:
-    first, second = (re.sub(r" *#.*", "", tour(readme)) for readme in READMES)
+def test_the_tour_of_a_decoder_for_commands(tmp_path: Path) -> None:
+    script = shortened(
+        tours("README.md")[1],
+        ("--minutes 2 ", "--minutes 0.1 "),
+        ("-drop 3 ", "-drop 40 --limit 100 "),
+    )
+    shown = follow(script, tmp_path)
+    assert "autoglm-teacher" in shown
+    assert "do(action=" in shown or "finish(message=" in shown
+    assert "verdict: pass" in shown
+    assert (tmp_path / "runs/parser-proof/report.html").stat().st_size > 10_000
+
+
+def test_the_tour_of_a_larger_decoder(tmp_path: Path) -> None:
+    """With the smallest model instead."""
+    script = shortened(
+        tours("README.md")[2],
+        ("autoglm-tiny", "autoglm-nano"),
+        ("--minutes 1 ", "--minutes 0.05 "),
+    )
+    assert "flip_rate" in follow(script, tmp_path)
+    files = {file.name for file in (tmp_path / "runs/chat/onnx").iterdir()}
+    assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"} <= files
+
+
+def test_both_readmes_have_the_same_tours() -> None:
+    first, second = ([re.sub(r" *#.*", "", tour) for tour in tours(name)] for name in READMES)
+    assert len(first) == 3
     assert first == second
 
 
@@ -70,3 +108,7 @@ def test_the_demo(tmp_path: Path) -> None:
     assert [row["measure"] for row in result.rows].count("latency, ms") == 2
     assert len(result.answers) == 5
     assert (tmp_path / result.report).is_file()
+    assert len(result.commands.actions) == 5
+    assert {row["measure"] for row in result.commands.rows} >= {"exact match, %", "model file, MB"}
+    assert result.commands.rows[0]["nearest"]["n"] == 2000
+    assert (tmp_path / result.commands.report).is_file()

@@ -35,8 +35,8 @@ from pocketglm.model.encoder import init_encoder
 from pocketglm.model.hf import labels_of, load_encoder, max_length_of, save_encoder
 from pocketglm.model.spec import EncoderSpec
 from pocketglm.text.tokenizer import Tokenizer
-from pocketglm.train._rows import choose_length, pad, read_rows, tokenize
 from pocketglm.train._encoder_job import LabelledRows, prepare_classifier
+from pocketglm.train._rows import choose_length, pad, read_rows, tokenize
 from pocketglm.train.finetune import FinetuneConfig, finetune
 from pocketglm.train.loop import CHECKPOINT
 

@@ -196,10 +196,10 @@ def _needed(export: Path) -> str:
     """Which checkpoint an export was made from."""
     manifest = read_export(export)
     base = manifest.origin.get("base_model")
-    made = f", made from {base}" if base else ""
+    of = f", of {base}" if base else ""
     return (
-        "train, compress and export need the checkpoint that it was exported from: the one of "
-        f"which inspect says sha256 {manifest.checkpoint}{made}"
+        "train, compress and export take the checkpoint that it was exported from "
+        f"(pocketglm inspect shows its sha256, {manifest.checkpoint}{of})"
     )
 
 

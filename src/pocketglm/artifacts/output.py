@@ -26,6 +26,7 @@ from pocketglm.errors import (
 )
 
 REQUEST = ".request"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MANIFESTS = ("pocketglm.json", "export.json", "proof.json")
 
 
@@ -79,8 +80,10 @@ def keep_inputs(out: Path, inputs: Sequence[Path]) -> None:
     among the files of one.
 
     Raises:
-        UsageError: `out` is, holds or lies in one of `inputs`.
+        UsageError: `out` is, holds or lies in one of `inputs`, or is no name.
     """
+    if out.name in ("", ".."):
+        raise UsageError(f"--out '{out}' cannot be an output", "give --out a new name")
     places = [out.with_name(out.name + end).resolve() for end in ("", ".partial", ".replaced")]
     for path in inputs:
         source = path.resolve()
@@ -89,7 +92,7 @@ def keep_inputs(out: Path, inputs: Sequence[Path]) -> None:
                 f"--out {out} would overwrite {path}, which this command reads",
                 "choose another --out",
             )
-        if source in places[0].parents:
+        if source.is_dir() and source in places[0].parents:
             raise UsageError(
                 f"--out {out} lies in {path}, which this command reads",
                 f"choose an --out beside it, such as {source.with_name(f'{source.name}-out')}",
@@ -103,15 +106,18 @@ def check_place(out: Path) -> None:
         UsageError: it cannot.
         DiskFullError: no space left.
     """
-    place = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
+    place = next((folder for folder in out.parents if os.path.lexists(folder)), Path())
     if not place.is_dir():
         raise UsageError(f"--out {out}: {place} is a file, not a folder", "choose another --out")
     with disk_errors(out):
         try:
             os.rmdir(tempfile.mkdtemp(prefix=".pocketglm-", dir=place))
-        except FileNotFoundError as error:  # as /proc and the like answer
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
             raise UsageError(
-                f"--out {out}: nothing can be created in {place}", "choose another --out"
+                f"--out {out}: nothing can be created in {place.resolve()} ({error.strerror})",
+                "check its owner and mode, or choose another --out",
             ) from error
 
 
@@ -146,10 +152,9 @@ def output_folder(
             there and `force` is not set, or files that PocketGLM did not write.
         DiskFullError: no space left.
     """
-    if out.name in ("", ".."):
-        raise UsageError(f"'{out}' cannot be an output folder", "give --out a new folder's name")
     keep_inputs(out, inputs)
     partial = out.with_name(out.name + ".partial")
+    check_place(out)
     missing = [folder for folder in out.parents if not folder.exists()]
     with disk_errors(out):
         handle = _lock(partial)
@@ -297,7 +302,7 @@ def disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             raise DiskFullError(
                 f"no space left on the disk of {out}",
                 "free some space and run the same command again: it resumes",

@@ -263,6 +263,8 @@ class DemoCommands(Config):
     requests. `training_cpu_seconds`: of all threads.
     """
 
+    report: str
+    verdict: Verdict
     rows: list[dict[str, Any]]
     actions: list[dict[str, Any]]
     training_cpu_seconds: float

@@ -7,28 +7,27 @@ phrasings that training never saw stands beside that of the nearest training com
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pocketglm.artifacts.export import read_export
+from pocketglm.artifacts.proof import Proof, read_proof
 from pocketglm.artifacts.schemas import DemoCommands
-from pocketglm.cli._common import percent, table
+from pocketglm.cli._common import table
 from pocketglm.contracts import DataOptions, Metric, Reporter, RunOptions
 from pocketglm.data.frames import action, read_frames
-from pocketglm.eval._evaluate import evaluate
 from pocketglm.eval._nearest import nearest_frames
 from pocketglm.eval.command import command_scores, parse, read_grammar
 from pocketglm.runtimes import open_decoder
-from pocketglm.stages._sides import model_bytes
-from pocketglm.stages.bench import bench
 from pocketglm.stages.compress import compress
 from pocketglm.stages.export import export
 from pocketglm.stages.init import init
 from pocketglm.stages.plan import Plan
+from pocketglm.stages.prove import Gates, prove
 from pocketglm.text.frame import FrameTokens
 from pocketglm.text.tokenizer import Tokenizer
 from pocketglm.train.finetune import FinetuneConfig, finetune
@@ -52,10 +51,18 @@ TRAINING: dict[str, Any] = {
 }  # fmt: skip
 THREADS = 2
 CPU_SECONDS = 140  # of the training loop; reading and validating come on top
+GATES = Gates(max_accuracy_drop=3.0, min_size_ratio=4.5)
+SIDES = ("nearest", "fp32", "int4")
 METRICS = {
     "exact_match": "exact match, %",
     "intent_accuracy": "intent, %",
     "slot_f1": "slot F1, %",
+}
+MEASURES = {
+    "size_ratio": "model file, MB",
+    "prefill_speedup": "prompt tokens per second",
+    "decode_speedup": "new tokens per second",
+    "memory_ratio": "peak memory, MB",
 }
 
 
@@ -67,11 +74,11 @@ def commands(
     force: bool,
     reporter: Reporter,
 ) -> DemoCommands:
-    """What a user would type: init, train, compress, export, eval, bench and run.
+    """What a user would type: init, train, compress, export, prove and run.
 
-    minutes: of training at most; it also takes no more than `CPU_SECONDS`.
+    minutes: of training at most; it also takes no more than about `CPU_SECONDS`.
     """
-    base, trained = out / "base", out / "checkpoint"
+    base, trained, quantized = out / "base", out / "checkpoint", out / "quantized"
     init(
         SIZE, base, seed=seed, dtype="float32", tokenizer_data=DATA.path, force=force,
         reporter=reporter,
@@ -87,14 +94,19 @@ def commands(
         )
         finetune(base, config, trained, force=force, reporter=reporter)
     cpu_seconds = time.process_time() - began
-    plan = Plan.single("quantize_rtn", INT4)
-    compress(trained, plan, out / "quantized", force=force, reporter=reporter)
-    export(trained, ["onnx"], out / "fp32", force=force, reporter=reporter)
-    export(out / "quantized", ["onnx"], out / "int4", force=force, reporter=reporter)
-    folders = {name: out / name / "onnx" for name in ("fp32", "int4")}
+    compress(trained, Plan.single("quantize_rtn", INT4), quantized, force=force, reporter=reporter)
+    export(quantized, ["onnx"], out / "int4", force=force, reporter=reporter)
+    folder = out / "int4" / "onnx"
+    proof = prove(
+        folder, trained, "command", DATA, out / "proof", gates=GATES, threads=threads,
+        force=force, reporter=reporter,
+    )  # fmt: skip
+    reporter.say("the nearest training command, as a baseline")
     return DemoCommands(
-        rows=_compare(folders, threads, reporter),
-        actions=_actions(folders["int4"], threads),
+        report=proof.report,
+        verdict=proof.verdict,
+        rows=_rows(read_proof(out / "proof"), _nearest()),
+        actions=_actions(folder, threads),
         training_cpu_seconds=cpu_seconds,
     )
 
@@ -111,38 +123,31 @@ def _at_most(threads: int) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def _compare(
-    folders: dict[str, Path], threads: int | None, reporter: Reporter
-) -> list[dict[str, Any]]:
-    """Rows of the table: accuracy on the test rows, file size, speed."""
-    reporter.say("the nearest training command, as a baseline")
-    test = read_frames(DATA, "test")
-    near = nearest_frames(read_frames(DATA, "train"), [row.text for row in test])
-    found = {"nearest": command_scores(test, near).metrics}
-    options = RunOptions(threads=threads)
-    for name, folder in folders.items():
-        reporter.say(f"scoring {name}")
-        scores, _ = evaluate(folder, "command", DATA, options=options, reporter=reporter)
-        found[name] = scores.metrics
-    rows: list[dict[str, Any]] = [
-        {"measure": words, **{name: _metric(m.get(key)) for name, m in found.items()}}
-        for key, words in METRICS.items()
-    ]
-    sizes = {name: model_bytes(read_export(folder)) / 1e6 for name, folder in folders.items()}
-    rows.append({"measure": "model file, MB", "nearest": None, **sizes})
-    speeds = {
-        name: bench(folder, tokens=16, new_tokens=48, threads=threads).per_second
-        for name, folder in folders.items()
-    }
-    rows.append({"measure": "new tokens per second", "nearest": None, **speeds})
+def _nearest() -> dict[str, Metric]:
+    """Scores of the baseline: each test command gets the meaning of the training command that is
+    most like it."""
+    train, test = read_frames(DATA, "train"), read_frames(DATA, "test")
+    frames = nearest_frames(train, [row.text for row in test])
+    return dict(command_scores(test, frames).metrics)
+
+
+def _rows(proof: Proof, nearest: Mapping[str, Metric]) -> list[dict[str, Any]]:
+    """Rows of the table: accuracy with its interval, then what a phone notices."""
+    rows: list[dict[str, Any]] = []
+    for name, words in METRICS.items():
+        near = nearest.get(name)
+        sides = (
+            asdict(near) if near else None,
+            proof.baseline["metrics"].get(name),
+            proof.candidate["metrics"].get(name),
+        )
+        rows.append({"measure": words, **dict(zip(SIDES, sides, strict=True))})
+    for name, words in MEASURES.items():
+        for claim in proof.claims:
+            if claim.metric == name:
+                values = (None, claim.baseline, claim.candidate)
+                rows.append({"measure": words, **dict(zip(SIDES, values, strict=True))})
     return rows
-
-
-def _metric(metric: Metric | None) -> dict[str, float] | None:
-    """None: there was nothing to count, such as slots that were found."""
-    if metric is None:
-        return None
-    return {"value": metric.value, "n": metric.n, "low": metric.low, "high": metric.high}
 
 
 def _actions(folder: Path, threads: int | None) -> list[dict[str, Any]]:
@@ -166,12 +171,11 @@ def _actions(folder: Path, threads: int | None) -> list[dict[str, Any]]:
 
 
 def show(result: DemoCommands) -> None:
-    """The table, and the actions."""
-    sides = ("nearest", "fp32", "int4")
-    rows = [[row["measure"], *(_cell(row[side]) for side in sides)] for row in result.rows]
-    (n,) = {row["int4"]["n"] for row in result.rows if row["measure"] == METRICS["exact_match"]}
+    """The table, the actions, and what the training cost."""
+    rows = [[row["measure"], *(_cell(row[side]) for side in SIDES)] for row in result.rows]
+    n = next(row["fp32"]["n"] for row in result.rows)
     table(
-        f"{SIZE}, English and Chinese commands: {n} unseen phrasings, 95 % intervals",
+        f"{SIZE} on {n} unseen phrasings, English and Chinese (± 95 %)",
         ["", "nearest command", "fp32", "INT4"],
         rows,
     )
@@ -184,6 +188,6 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, dict):
-        low, high = (percent(value[key]).removesuffix(" %") for key in ("low", "high"))
-        return f"{100 * value['value']:.2f} ({low} .. {high})"
-    return f"{value:.4g}"
+        half = max(value["high"] - value["value"], value["value"] - value["low"])
+        return f"{100 * value['value']:.1f} ± {100 * half:.1f}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

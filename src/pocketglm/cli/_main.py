@@ -126,8 +126,8 @@ def _with_value(error: typer.TyperException) -> str:
     message: str = error.format_message()
     cause = error.__cause__
     if isinstance(cause, ValueError) and hasattr(cause, "errors"):  # pydantic's, slow to import
-        value = str(cause.errors()[0]["input"])
-        return message if value in message else f"{message}, got '{value}'"
+        value = f"'{cause.errors()[0]['input']}'"
+        return message if value in message else f"{message}, got {value}"
     return message
 
 

@@ -13,7 +13,7 @@ from pocketglm.cli import _demo_decoder, _demo_encoder
 from pocketglm.cli._common import Force, Json, Progressive, Threads, emit
 from pocketglm.errors import require
 
-# Shares of --minutes that train; the rest quantizes, exports, proves and scores.
+# Shares of --minutes that train; the rest quantizes, exports and proves.
 SHARES = {"en": 0.35, "zh": 0.1, "commands": 0.25}
 
 
@@ -45,7 +45,7 @@ def main(
                 base, language, out / language, minutes * SHARES[language], threads, seed,
                 force, reporter,
             )  # fmt: skip
-        reporter.say(f"== {_demo_decoder.SIZE}: train, quantize to INT4, export to ONNX, score")
+        reporter.say(f"== {_demo_decoder.SIZE}: train, quantize to INT4, export to ONNX, prove")
         decoder = _demo_decoder.commands(
             out / "commands", minutes * SHARES["commands"], threads, seed, force, reporter
         )
@@ -66,15 +66,15 @@ def main(
         seconds=time.monotonic() - began,
     )
     emit(result, json, lambda: show(result))
-    if any(proof.verdict == "fail" for proof in proofs.values()):
+    if "fail" in (decoder.verdict, *(proof.verdict for proof in proofs.values())):
         raise typer.Exit(1)
 
 
 def show(result: DemoResult) -> None:
-    """Everything that a person should see, and where the report is."""
+    """Everything that a person should see, and where the reports are."""
     _demo_encoder.show(result.rows, result.answers)
     _demo_decoder.show(result.commands)
-    print(f"{result.seconds:.0f} s. Report: {result.report}")
+    print(f"{result.seconds:.0f} s. Reports: {result.report}, {result.commands.report}")
 
 
 SPEC = main

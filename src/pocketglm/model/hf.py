@@ -283,8 +283,8 @@ def decoder_config(
     spec: DecoderSpec, source: Checkpoint | None, dtype: torch.dtype
 ) -> dict[str, Any]:
     """config.json of a float decoder; fields that a spec does not know are the source's."""
-    replaced = ("quantization_config", "_name_or_path", "torch_dtype", "auto_map")
-    replaced += ("family", "rope_scaling")
+    replaced = {"quantization_config", "_name_or_path", "torch_dtype", "auto_map"}
+    replaced |= {"family", "rope_scaling"}
     old = source.config if source else {}
     module = DECODERS[spec.family]
     config = {key: value for key, value in old.items() if key not in replaced} | {

@@ -34,7 +34,7 @@ import onnxruntime_genai as genai
 model = genai.Model("model")
 tokenizer = genai.Tokenizer(model)
 options = genai.GeneratorParams(model)
-options.set_search_options(max_length=128)
+options.set_search_options(max_length=LENGTH)
 generator = genai.Generator(model, options)
 generator.append_tokens(tokenizer.encode("your text"))
 stream = tokenizer.create_stream()
@@ -153,9 +153,11 @@ def _run(proof: Proof) -> str:
             "word, which is decoded so that nothing else can be written."
         )
     if _format.is_decoder(proof):
+        length = min(256, int(proof.candidate.get("max_length") or 256))
         return (
             "## Run\n\n`./model` is the exported folder.\n\n```sh\npocketglm run ./model "
-            f"'your text'\n```\n\nONNX Runtime GenAI:\n\n```python\n{_GENAI}```"
+            f"'your text'\n```\n\nONNX Runtime GenAI:\n\n```python\n"
+            f"{_GENAI.replace('LENGTH', str(length))}```"
         )
     file = str(proof.candidate.get("model_file", "onnx/model.onnx"))
     dtype = _DTYPES.get(PurePosixPath(file).stem, "fp32")

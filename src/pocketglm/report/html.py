@@ -204,7 +204,7 @@ def _compare(proof: Proof) -> str:
 
 
 def _latency_title(proof: Proof) -> str:
-    return "Latency per new token, p50" if _format.is_decoder(proof) else "Latency, p50"
+    return "Latency per new token" if _format.is_decoder(proof) else "Latency, p50"
 
 
 def _change(ratio: float, good: str) -> str:

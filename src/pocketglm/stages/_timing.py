@@ -16,6 +16,7 @@ Values = npt.NDArray[np.float64]
 PROCESSES = 6  # fresh processes per model for memory and load time; the fewest for an interval
 _CALLS = 5  # in each of them; the first already allocates what all need
 _ROUND_MS = 250.0
+_TEXTS_MS = 500.0  # a round of prompts and new tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,6 @@ def _warm(worker: Worker) -> int:
     if worker.new_tokens:
         worker.texts(1)
         whole, steps = worker.texts(1)
-        return int(np.clip(_ROUND_MS / (sum(whole) + sum(steps)), 1, 100))
+        return int(np.clip(_TEXTS_MS / (sum(whole) + sum(steps)), 1, 20))
     typical = float(np.median(worker.texts(10)[0][3:]))
     return int(np.clip(_ROUND_MS / typical, 10, 100))

@@ -4,8 +4,8 @@ A row is prompt and answer. The loss counts the marks alone, and the model choos
 words of an answer are given when it is used, too. The marks become tokens of the model.
 
 Slot swapping, an augmentation: in each epoch a share of the training rows get other values of the
-same slots, drawn from the training rows of the same language. What such a row says is a function of
-the seed, the epoch and its number.
+same slots, drawn from the training rows of the same language; a quarter of these are made of two.
+What such a row says is a function of the seed, the epoch and its number.
 
 Validation is by teacher forcing: a row is an exact match if the model's first choice among all
 marks is right at every one, each after the true ones. Greedy decoding would write the same, at many
@@ -27,11 +27,13 @@ from pocketglm.contracts import Metric, Reporter
 from pocketglm.data.frames import FrameRow, grammar_of, read_frames
 from pocketglm.errors import DataError
 from pocketglm.eval._stats import mean_metric
-from pocketglm.text.frame import Frame, FrameTokens, is_boundary, mark_names
+from pocketglm.text.frame import Frame, FrameTokens, is_boundary, mark_names, words
 from pocketglm.train._decoder_job import DecoderJob, load_source
 from pocketglm.train._job import FinetuneConfig, length_limit
 from pocketglm.train._sequences import Sequences, score_rows, token_mean
 from pocketglm.train.loop import EpochRows, Rows
+
+_MIXED = 0.25  # share of new values that are made of two
 
 Pool = Mapping[tuple[str, str], Sequence[str]]
 
@@ -108,6 +110,7 @@ class CommandJob(DecoderJob):
         found = self.score_rows()
         return {
             "exact_match": mean_metric((found.hits == found.tokens).astype(np.float64)),
+            "intent_accuracy": mean_metric(found.first.astype(np.float64)),
             "nll": token_mean(found),
         }
 
@@ -209,13 +212,23 @@ def slot_values(rows: Sequence[FrameRow]) -> Pool:
     return {key: sorted(found) for key, found in values.items()}
 
 
+def _other(values: Sequence[str], rng: np.random.Generator) -> str:
+    """One of the values; now and then the beginning of one and the end of another."""
+    first, second = (values[int(n)] for n in rng.integers(len(values), size=2))
+    head, tail = words(first), words(second)
+    if rng.random() >= _MIXED or len(head) + len(tail) < 3:  # two single words make no third value
+        return first
+    end, start = head[int(rng.integers(len(head)))][1], tail[int(rng.integers(len(tail)))][0]
+    between = "" if is_boundary(first[end - 1] + second[start], 1) else " "
+    return first[:end] + between + second[start:]
+
+
 def swapped(row: FrameRow, pool: Pool, rng: np.random.Generator) -> FrameRow:
     """`row` with other values of its slots, in text and frame; the row itself where a value would
     grow together with the word next to it."""
     text, slots, spans, last = "", [], [], 0
     for (start, stop), (name, _) in zip(row.spans, row.frame.slots, strict=True):
-        values = pool[row.language, name]
-        value = values[int(rng.integers(len(values)))]
+        value = _other(pool[row.language, name], rng)
         text += row.text[last:start]
         spans.append((len(text), len(text) + len(value)))
         text += value

@@ -128,18 +128,20 @@ class NextToken(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class RowScores:
-    """By row: the summed negative log-likelihood in nats, tokens guessed right, and tokens, [N]."""
+    """By row: the summed negative log-likelihood in nats, tokens guessed right, and tokens, [N];
+    `first`: 1 where the first of them was guessed right."""
 
     nll: npt.NDArray[np.float64]
     hits: Numbers
     tokens: Numbers
+    first: Numbers
 
 
 @torch.inference_mode()
 def score_rows(decoder: Decoder, rows: Sequences) -> RowScores:
     """Score every row, each token after the true ones before it (teacher forcing)."""
     device = decoder.tokens.weight.device
-    nll, hits, tokens = np.zeros(len(rows.ids)), *np.zeros((2, len(rows.ids)), np.int64)
+    nll, hits, tokens, first = np.zeros(len(rows.ids)), *np.zeros((3, len(rows.ids)), np.int64)
     size = max(_LOGITS // decoder.spec.vocab_size, 1)
     for numbers in _batches(rows.lengths):
         batch = {name: value.to(device) for name, value in rows.collate(numbers).items()}
@@ -153,8 +155,11 @@ def score_rows(decoder: Decoder, rows: Sequences) -> RowScores:
             right = (logits.argmax(1) == truth).cpu().numpy()
             np.add.at(nll, owner, loss)
             np.add.at(hits, owner, right)
-            np.add.at(tokens, owner, (truth != _IGNORED).cpu().numpy())
-    return RowScores(nll, hits, tokens)
+            real = (truth != _IGNORED).cpu().numpy()
+            new = real & (np.diff(owner, prepend=-1) != 0) & (tokens[owner] == 0)
+            first[owner[new]] = right[new]
+            np.add.at(tokens, owner, real)
+    return RowScores(nll, hits, tokens, first)
 
 
 def _batches(lengths: Numbers) -> Iterator[Numbers]:
