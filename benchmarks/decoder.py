@@ -238,8 +238,9 @@ def level4(work: Path, data: Path) -> list[dict[str, Any]]:
     init, trained = folder / "init", folder / "trained"
     pocketglm("init", "autoglm-nano", "--tokenizer-data", str(corpus), "--out", str(init))
     pocketglm(
-        "train", str(init), "--task", "lm", "--data", str(corpus), "--epochs", "12",
-        "--learning-rate", "2e-3", "--dropout", "0.1", "--patience", "12", "--out", str(trained),
+        "train", str(init), "--task", "lm", "--data", str(corpus), "--epochs", "4",
+        "--batch-size", "8", "--learning-rate", "2e-3", "--dropout", "0.1", "--patience", "5",
+        "--out", str(trained),
     )  # fmt: skip
     exports = {}
     pocketglm(

@@ -209,8 +209,11 @@ def distribution(logits: Floats, temperature: float, top_p: float) -> npt.NDArra
     The nucleus is the shortest list of the likeliest tokens whose sum is at least `top_p`; of
     equally likely ones those with smaller ids come first.
     """
-    scaled = logits.astype(np.float64) / temperature
-    chances: npt.NDArray[np.float64] = np.exp(scaled - scaled.max())
+    scaled = logits.astype(np.float64)
+    scaled -= scaled.max()
+    with np.errstate(over="ignore"):  # of a tiny temperature: to minus infinity, as it should
+        scaled /= temperature
+    chances: npt.NDArray[np.float64] = np.exp(scaled)
     chances /= chances.sum()
     if top_p == 1:
         return chances

@@ -169,6 +169,13 @@ def test_a_broken_template_is_an_input_error(template: str, words: str) -> None:
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("template", ["", "\n", "{% if tools %}x{% endif %}"])
+def test_a_template_that_says_nothing(template: str) -> None:
+    with pytest.raises(CheckpointError, match="makes no text") as caught:
+        render(template, MESSAGES)
+    assert "--raw" in caught.value.hint
+
+
 # --- where templates lie ------------------------------------------------------------------------
 
 

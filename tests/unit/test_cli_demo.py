@@ -54,14 +54,13 @@ def test_the_training_settings_are_valid() -> None:
     assert config.patience >= config.epochs  # the time ends it
 
 
-@pytest.mark.parametrize("before", [1, 2, 3])
-def test_training_takes_two_threads_at_most_and_gives_them_back(before: int) -> None:
+def test_training_takes_one_thread_and_gives_the_others_back() -> None:
     usual = torch.get_num_threads()
-    torch.set_num_threads(before)
+    torch.set_num_threads(3)
     try:
-        with demo._at_most(2) as used:
-            assert used == torch.get_num_threads() == min(before, 2)
-        assert torch.get_num_threads() == before
+        with demo._one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(usual)
 

@@ -168,6 +168,19 @@ def test_targets_count_after_their_sources(
     assert found.truncated == pytest.approx(1 / 3)
 
 
+def test_a_template_gets_the_special_tokens(tmp_path: Path, models: tuple[Path, Path]) -> None:
+    """As `run` gives them to it."""
+    (tmp_path / "test.jsonl").write_text('{"source": "hi", "target": "ho"}\n')
+    (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}{{ messages[0].content }}")
+    session, tokenizer = open_decoder(models[0], ONE), Tokenizer.load(models[0])
+    found = lm.score(tmp_path, session, tokenizer, DataOptions(tmp_path), None, Said())
+    ids = byte_tokenizer().encode("hi").ids, byte_tokenizer().encode("ho").ids
+    nats = perplexity.nats(oracle(models[0]), [EOS, *ids[0], *ids[1], EOS], POSITIONS, POSITIONS)
+    expected = float(np.mean(nats[len(ids[0]) :]))
+    assert tokenizer.special_tokens["eos_token"]
+    assert found.metrics["nll"].value == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_baseline_gives_divergence_and_flips(tmp_path: Path, models: tuple[Path, Path]) -> None:
     data = save_texts(tmp_path / "x.jsonl", TEXTS)
     scores, result = evaluate(models[0], "lm", data, options=ONE, baseline=models[1])

@@ -163,6 +163,7 @@ def test_equal_tokens_and_a_flat_distribution() -> None:
     peak = np.array([0, 1000, 0], np.float32)
     assert distribution(peak, 1.0, 0.9).tolist() == [0, 1, 0]
     assert distribution(-peak, 0.01, 1.0).tolist() == [0.5, 0, 0.5]
+    assert distribution(peak, 1e-320, 1.0).tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.7, 0.8)])

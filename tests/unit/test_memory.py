@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_export import save_wide
 
 from pocketglm.artifacts.checkpoint import Checkpoint
@@ -75,7 +76,9 @@ def test_no_size_is_no_limit() -> None:
     Ceiling(None, "compress").check()
 
 
-@pytest.mark.parametrize("text", ["", "much", "-5MB", "0", "0.1b", "5 parsecs", "1e9", "8,5GB"])
+@pytest.mark.parametrize(
+    "text", ["", "much", "-5MB", "0", "0.1b", "5 parsecs", "1e9", "8,5GB", "9" * 400]
+)
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not a size") as error:
         parse_size(text)
@@ -105,6 +108,15 @@ def test_chunks_shrink_before_the_work_is_refused(wide: Path) -> None:
     assert _step._LEAST <= _step.chunk_size(ckpt, middle) < _step.CHUNK
     with pytest.raises(MemoryCeilingError, match="for the chunks of the weights in work"):
         _step.chunk_size(ckpt, Ceiling(resident() + least // 2, "compress"))
+
+
+def test_a_tensor_without_dimensions_is_copied(tmp_path: Path) -> None:
+    source = save_wide(tmp_path / "m", "llama")
+    weights = load_file(source / "model.safetensors") | {"logit_scale": torch.tensor(2.5)}
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    plan = Plan.single("quantize_rtn", {"bits": 8})
+    compress(source, plan, tmp_path / "out", cache=tmp_path / "cache", max_memory=1 << 40)
+    assert load_file(tmp_path / "out" / "model.safetensors")["logit_scale"].item() == 2.5
 
 
 def peak(verb: str, source: Path, out: Path, limit: int) -> int:

@@ -200,6 +200,13 @@ def wrong_past(graph: onnx.GraphProto) -> None:
     graph.node.insert(0, helper.make_node("Neg", ["past_key_values.1.key"], ["turned"]))
 
 
+def first_logits(graph: onnx.GraphProto) -> None:
+    """The logits of a row's first token instead of its last: a single token hides that."""
+    (node,) = (n for n in graph.node if n.op_type == "Gather" and n.input[0] == "block.1")
+    graph.initializer.append(helper.make_tensor("first", onnx.TensorProto.INT64, [1], [0]))
+    node.input[1] = "first"
+
+
 DEFECTS = {
     "block.0": lambda folder: edit_file(folder, "model.layers.0.mlp.down_proj.weight", one_integer),
     "block.1": lambda folder: edit_nodes(folder, wrong_rope),
@@ -209,6 +216,7 @@ DEFECTS = {
     "embeddings": lambda folder: edit_file(
         folder, "model.embed_tokens.weight", lambda data: data.__setitem__(slice(None), data[::-1])
     ),
+    "last token|head": lambda folder: edit_nodes(folder, first_logits),
     "norm|head": lambda folder: edit_file(folder, "model.norm.weight", one_norm),
 }
 

@@ -388,6 +388,8 @@ def test_slots_without_a_difference_have_the_interval_of_the_rule_of_three() -> 
     assert worse.low < worse.value - 15  # nothing became better: that may be unseen
     nothing = drops([slot] * 20, [slot] * 20, [none] * 20)["slot_f1_drop"]
     assert (nothing.value, nothing.high) == (100, 100)
+    made_up = drops([slot] * 20, [none] * 20, [Frame("a", (("y", "2"),))] * 20)["slot_f1_drop"]
+    assert (made_up.value, made_up.low, made_up.high) == pytest.approx((0, -15, 15))  # no hit
     assert "slot_f1_drop" not in drops([none] * 5, [none] * 5, [none] * 5)
 
 

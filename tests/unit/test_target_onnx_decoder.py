@@ -477,6 +477,12 @@ def test_the_folder_and_its_manifest(tmp_path: Path) -> None:
     assert "quantization_config" not in config
 
 
+def test_an_end_token_beyond_the_vocabulary_is_left_out(tmp_path: Path) -> None:
+    _, file = lower(save_wide(tmp_path / "m", "glm4", eos_token_id=[1, 151329]), tmp_path / "out")
+    model = read_json(file.parent / "genai_config.json")["model"]
+    assert (model["eos_token_id"], model["vocab_size"] < 151329) == ([1], True)
+
+
 def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
     folder = quantized(save_wide(tmp_path / "ckpt", "qwen3"), body(bits=4, group_size=32))
     for name in ("a", "b"):

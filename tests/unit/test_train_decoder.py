@@ -518,6 +518,23 @@ def test_answers_to_sources(decoder: Path, tmp_path: Path, template: bool) -> No
     assert job.train.starts[2] == 1  # the last token of the prompt stays
 
 
+def test_a_template_gets_the_special_tokens(decoder: Path, tmp_path: Path) -> None:
+    """As `run` gives them to it."""
+    model = tmp_path / "model"
+    ckpt = Checkpoint.open(decoder)
+    save_decoder(load_decoder(ckpt), model, source=ckpt, manifest=Manifest())
+    (model / "chat_template.jinja").write_text("{{ eos_token }}{{ messages[0].content }}")
+    rows = [{"source": "the lamp", "target": "the fan"}]
+    settings = config(write_rows(tmp_path / "data", train=rows, validation=rows), task="lm")
+    job = prepare_lm(Checkpoint.open(model), settings, read_lm(settings), Told())
+    tokenizer = Tokenizer.load(model)
+    eos = tokenizer.inner.token_to_id(tokenizer.special_tokens["eos_token"])
+    assert job.train.ids[0].tolist()[: int(job.train.starts[0])] == [
+        eos,
+        *tokenizer.encode_prompt("the lamp", special=False),
+    ]
+
+
 # --- adapters, stored types ----------------------------------------------------------------------
 
 

@@ -286,8 +286,8 @@ def test_the_loss_is_weighted_cross_entropy(encoder: Path, tmp_path: Path) -> No
     write_split(folder, "train", [row for row in rows if row["label"] == "alarm"] + rare)
     write_split(folder, "validation", rare)
     told, settings = Told(), config(folder, class_weights=True, label_smoothing=0.2)
-    rows = LabelledRows(*read_rows(settings.options))
-    job = prepare_classifier(Checkpoint.open(encoder), settings, rows, told)
+    labelled = LabelledRows(*read_rows(settings.options))
+    job = prepare_classifier(Checkpoint.open(encoder), settings, labelled, told)
     assert told.lines[2:] == [
         "warning: label 'alarm' has 20 times the rows of 'music' (100 and 5); "
         "consider --class-weights or more rows"

@@ -21,7 +21,7 @@ class Parity(Config):
     `blocks` is the worst absolute difference of each block, activation quantization off;
     `output` the whole model's, activation quantization as shipped. `optimizer_max_abs` compares
     the runtime's graph optimizer on and off. `agreement`: share of rows with the same label, or
-    the smallest cosine of two embeddings.
+    the smallest cosine of two embeddings; None where only blocks were compared.
     """
 
     scope: Literal["whole", "blocks"]
@@ -29,7 +29,7 @@ class Parity(Config):
     output_max_abs: float
     output_std: float
     tolerance: float
-    agreement: float
+    agreement: float | None
     optimizer_max_abs: float = 0.0
     blocks: dict[str, float] = {}
 

@@ -260,14 +260,14 @@ class CacheResult(Config):
 
 class DemoCommands(Config):
     """The demo's decoder: its table beside the nearest training command, and the actions of the
-    requests. `training_cpu_seconds`: of all threads.
+    requests. `training_cpu_seconds`: of all threads; None: it was trained before.
     """
 
     report: str
     verdict: Verdict
     rows: list[dict[str, Any]]
     actions: list[dict[str, Any]]
-    training_cpu_seconds: float
+    training_cpu_seconds: float | None
 
 
 class DemoResult(Config):

@@ -14,7 +14,7 @@ from pocketglm.cli._common import Force, Json, Progressive, Threads, emit
 from pocketglm.errors import require
 
 # Shares of --minutes that train; the rest quantizes, exports and proves.
-SHARES = {"en": 0.35, "zh": 0.1, "commands": 0.25}
+SHARES = {"en": 0.3, "zh": 0.1, "commands": 0.4}
 
 
 def main(

@@ -21,6 +21,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -218,7 +219,8 @@ def windows_of(
 def _prompt(tokenizer: Tokenizer, source: str, template: str | None) -> list[int]:
     if template is None:
         return tokenizer.encode_prompt(f"{source}\n")
-    text = chat.render(template, [{"role": "user", "content": source}])
+    names: dict[str, Any] = dict(tokenizer.special_tokens)
+    text = chat.render(template, [{"role": "user", "content": source}], **names)
     return tokenizer.encode_prompt(text, special=False)
 
 

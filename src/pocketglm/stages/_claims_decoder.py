@@ -65,9 +65,10 @@ def _slot_f1_drop(build: Builder, before: Values, after: Values) -> Claim:
         drops.append(_f1(before[:, rows]) - _f1(after[:, rows]))
     low, high = (float(x) for x in np.percentile(drops, [2.5, 97.5]))
     change = (_faults(after) - _faults(before)).tolist()
-    if max(change) <= 0:  # rule of three, as in paired_bootstrap
+    flat = low == high  # such as without a hit on either side, where new faults change nothing
+    if max(change) <= 0 or flat:  # rule of three, as in paired_bootstrap
         high = min(1.0, high + 3 / n)
-    if min(change) >= 0:
+    if min(change) >= 0 or flat:
         low = max(-1.0, low - 3 / n)
     sides = (100 * _f1(before), 100 * _f1(after))
     return build.claim(

@@ -8,6 +8,7 @@ pieces; it stops the work instead of the machine.
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -31,17 +32,17 @@ def parse_size(text: str | None) -> int | None:
     """Bytes of a size such as 800MB, 1.5 GB, 512MiB or 1000000; None stays None.
 
     Raises:
-        UsageError: it is not a size, or zero.
+        UsageError: it is not a size, zero, or beyond all numbers.
     """
     if text is None:
         return None
     match = _SIZE.fullmatch(text.strip().lower())
-    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
-    if not size:
+    value = float(match[1]) * _UNITS[match[2]] if match and match[2] in _UNITS else 0.0
+    if not 1 <= value < math.inf:
         raise UsageError(
             f"--max-memory '{text}' is not a size", "for example 800MB, 1.5GB, or a count of bytes"
         )
-    return size
+    return int(value)
 
 
 def keep_freed_memory() -> None:

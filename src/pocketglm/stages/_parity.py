@@ -189,13 +189,14 @@ def judge(
     std = float(wanted.std())
     exact = FLOAT_TOLERANCE * max(1.0, std)
     optimizer_limit = OPTIMIZER_LIMITS[manifest.activation] * std or exact
+    agreement = _agreement(wanted, shipped, std, classes=classes)
     parity = Parity(
         scope="whole",
         n=len(wanted),
         output_max_abs=worst(wanted, shipped),
         output_std=std,
         tolerance=share * std or exact,
-        agreement=_agreement(wanted, shipped, std, classes=classes),
+        agreement=agreement,
         optimizer_max_abs=worst(shipped, plain),
         blocks=blocks,
     )
@@ -221,9 +222,9 @@ def judge(
                 f"(the output's standard deviation is {std:.3g})",
                 hint,
             )
-    if parity.agreement < needed:
+    if agreement < needed:
         raise ParityError(
-            f"the written file agrees with the checkpoint to {parity.agreement:.3f} only; {form} "
+            f"the written file agrees with the checkpoint to {agreement:.3f} only; {form} "
             f"should reach {needed}",
             accurate,
         )

@@ -229,7 +229,7 @@ def _buffers(ckpt: Checkpoint, size: int) -> int:
         (
             info.size // info.shape[0] * ((stop or 0) - start)
             for info in ckpt.tensors.values()
-            if info.size
+            if info.size and info.shape
             for start, stop in row_ranges(info, size)[:1]
         ),
         default=0,

@@ -39,8 +39,10 @@ def decoder_blocks(file: Path, ids: Ids, mask: Ids) -> Iterator[tuple[str, Float
         before, name = name, f"block.{index}"
         x = parts.block(name, before, x, prompt, mask, last)
         yield name, x
-    (logits,) = parts.run("logits", {name: x[rows, last][:, None]})
-    yield "head", logits[:, 0]
+    # Two tokens a row: a file that has the logits of the last one only must choose the right one.
+    ends = np.stack([x[:, 0], x[rows, last]], axis=1)
+    (logits,) = parts.run("logits", {name: ends})
+    yield "head", logits[:, -1]
 
 
 class _Parts:

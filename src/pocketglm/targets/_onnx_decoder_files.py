@@ -73,12 +73,15 @@ def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporte
         graph = DecoderGraph(spec, Rows(ckpt), data, context, last=options.logits == "last")
         model = graph.build(reporter)
     onnx.save(model, str(out / MODEL))
+    threads = options.threads or usable_cores()
+    if options.threads is None:
+        reporter.say(f"threads: {threads}, as many as cores here; --threads sets the phone's")
     genai = genai_config(
         spec,
         eos_ids_of(ckpt),
         model_file=MODEL,
         context=context,
-        threads=options.threads or usable_cores(),
+        threads=threads,
         spinning=options.spinning,
     )
     write_json(out / "genai_config.json", genai)

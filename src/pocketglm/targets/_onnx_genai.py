@@ -51,7 +51,8 @@ def genai_config(
     return {
         "model": {
             **({} if spec.bos_id is None else {"bos_token_id": spec.bos_id}),
-            "eos_token_id": list(eos_ids),
+            # It opens no file whose config has an id beyond the vocabulary, such as a default's.
+            "eos_token_id": [token for token in eos_ids if token < spec.vocab_size],
             "pad_token_id": pad,
             "context_length": context,
             "vocab_size": spec.vocab_size,

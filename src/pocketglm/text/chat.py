@@ -15,6 +15,10 @@ from pocketglm.artifacts.checkpoint import read_json
 from pocketglm.errors import CheckpointError
 
 Message = Mapping[str, str]
+_FIX = (
+    "fix chat_template.jinja, or chat_template in tokenizer_config.json, or pass the prompt with "
+    "--raw"
+)
 
 
 def read_template(folder: Path) -> str | None:
@@ -46,7 +50,8 @@ def render(
     Filters and functions are those that transformers gives a template.
 
     Raises:
-        CheckpointError: the template does not parse or refuses the messages.
+        CheckpointError: the template does not parse, refuses the messages, or makes no text of
+            them.
     """
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -56,14 +61,14 @@ def render(
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     names = {"tools": None, "documents": None, **names}
     try:
-        return environment.from_string(template).render(
+        text = environment.from_string(template).render(
             messages=list(messages), add_generation_prompt=add_generation_prompt, **names
         )
     except Exception as error:  # a template is a program: 1/0, a missing key, endless recursion
-        raise CheckpointError(
-            f"the chat template fails to render: {error}",
-            "fix chat_template in tokenizer_config.json, or pass the prompt with --raw",
-        ) from error
+        raise CheckpointError(f"the chat template fails to render: {error}", _FIX) from error
+    if not text:
+        raise CheckpointError("the chat template makes no text of the messages", _FIX)
+    return text
 
 
 def _raise_exception(message: str) -> None:

@@ -136,5 +136,6 @@ def _prompts(tokenizer: Tokenizer, sources: list[str], template: str | None) -> 
     if template is None:
         return encode_prompts(tokenizer, [f"{source}\n" for source in sources])
     messages = ([{"role": "user", "content": source}] for source in sources)
-    texts = [chat.render(template, message) for message in messages]
+    names: dict[str, Any] = dict(tokenizer.special_tokens)
+    texts = [chat.render(template, message, **names) for message in messages]
     return encode_prompts(tokenizer, texts, special=False)
