@@ -324,7 +324,7 @@ def build(ckpt: Path, out: Path, block: int) -> Path:
             [
                 sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(ckpt),
                 "-o", str(partial), "-p", "int4", "-e", "cpu", "-c", str(out.parent / "cache"),
-                "--extra_options", f"int4_block_size={block}", "int4_accuracy_level=4",
+                "--extra_options", f"block_size={block}",
             ],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip

@@ -352,6 +352,26 @@ def test_a_swap_that_becomes_too_long_is_not_made(decoder: Path, tmp_path: Path)
     assert max(made(epoch).lengths.max() for epoch in range(20)) <= longest
 
 
+def test_made_up_words_are_others_in_each_epoch(decoder: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": f"call {name}", "slots": {"name": name}, "intent": "call"}
+        for name in ("Bo", "Al", "Zed", "Yvonne")
+    ]
+    folder = write_rows(tmp_path, train=rows, validation=rows)
+    job = command_job(decoder, folder, made_up=1.0)
+    made, plain = job.rows(), command_job(decoder, folder).rows()
+    assert isinstance(plain, Rows)
+    assert not isinstance(made, Rows)
+    every = np.arange(len(rows))
+    texts = [made(epoch).collate(every)["ids"].tolist() for epoch in (0, 1, 0)]
+    assert texts[0] == texts[2] != texts[1]
+    assert plain.collate(every)["ids"].tolist() not in texts
+    longest = int(job.train.lengths.max())
+    short = command_job(decoder, folder, made_up=1.0, max_length=longest).rows()
+    assert not isinstance(short, Rows)
+    assert max(short(epoch).lengths.max() for epoch in range(9)) <= longest
+
+
 def test_languages_keep_their_values(decoder: Path, tmp_path: Path) -> None:
     rows = [
         {"text": f"{verb} {name}", "slots": {"name": name}, "intent": "call", "language": language}

@@ -82,6 +82,15 @@ SlotSwap = Annotated[
         help="Commands: share of the rows that get other values of the same slots in an epoch.",
     ),
 ]
+MadeUp = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Commands: share of the slots' values that become made-up words in an epoch; helps a "
+        "small model with names it never saw.",
+    ),
+]
 ClassWeights = Annotated[bool, typer.Option("--class-weights", help="Weigh rare labels more.")]
 PoolingName = Annotated[
     Pooling | None, typer.Option(help="How tokens become one vector (default: mean).")
@@ -115,6 +124,7 @@ def main(
     lora: Lora = None,
     lora_alpha: LoraAlpha = None,
     slot_swap: SlotSwap = _DEFAULT.slot_swap,
+    made_up: MadeUp = _DEFAULT.made_up,
     class_weights: ClassWeights = False,
     pooling: PoolingName = None,
     precision: PrecisionName = "auto",

@@ -44,6 +44,7 @@ _END = "\n"
 OUT, INSIDE = "<|out|>", "<|in|>"
 _MARK = re.compile(r"<\|(out|in|(?:intent|slot):[^|]+)\|>")
 Span = tuple[int, int]
+Words = Sequence[Sequence[int]]  # the tokens of each word
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,15 +226,19 @@ class FrameTokens:
             self._known[piece] = self._encode(piece, special=False) if alone else ids[before:]
         return self._known[piece]
 
-    def prompt(self, text: str) -> list[int]:
-        """The tokens of `prompt`."""
-        return [*self._begin, *(token for word in self.words(text) for token in word), *self._end]
+    def prompt(self, text: str, words: Words | None = None) -> list[int]:
+        """The tokens of `prompt`; `words`: other ones for the words of the text."""
+        words = self.words(text) if words is None else words
+        return [*self._begin, *(token for word in words for token in word), *self._end]
 
-    def answer(self, text: str, frame: Frame, spans: Sequence[Span]) -> list[int]:
-        """The tokens of `write`."""
+    def answer(
+        self, text: str, frame: Frame, spans: Sequence[Span], words: Words | None = None
+    ) -> list[int]:
+        """The tokens of `write`; `words` as in `prompt`."""
+        words = self.words(text) if words is None else words
         ids = [self.id[intent_mark(frame.intent)]]
         marks = _marks_of(clean(text), frame, spans)
-        for word, mark in zip(self.words(text), marks, strict=True):
+        for word, mark in zip(words, marks, strict=True):
             ids += [*word, self.id[mark]]
         return ids
 

@@ -5,7 +5,8 @@ words of an answer are given when it is used, too. The marks become tokens of th
 
 Slot swapping, an augmentation: in each epoch a share of the training rows get other values of the
 same slots, drawn from the training rows of the same language; a quarter of these are made of two.
-What such a row says is a function of the seed, the epoch and its number.
+Words may become made-up ones (`_made_up.py`). What such a row says is a function of the seed, the
+epoch and its number.
 
 Validation is by teacher forcing: a row is an exact match if the model's first choice among all
 marks is right at every one, each after the true ones. Greedy decoding would write the same, at many
@@ -14,7 +15,7 @@ times the cost; that it chooses among the marks of its intent can only make it b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from pocketglm.eval._stats import mean_metric
 from pocketglm.text.frame import Frame, FrameTokens, is_boundary, mark_names, words
 from pocketglm.train._decoder_job import DecoderJob, load_source
 from pocketglm.train._job import FinetuneConfig, length_limit
+from pocketglm.train._made_up import MadeUp
 from pocketglm.train._sequences import Sequences, score_rows, token_mean
 from pocketglm.train.loop import EpochRows, Rows
 
@@ -69,19 +71,23 @@ def read_commands(config: FinetuneConfig) -> CommandRows:
 
 @dataclass(frozen=True)
 class CommandJob(DecoderJob):
-    """`texts`: the training rows that fit; `share` of them get other slot values in an epoch."""
+    """`texts`: the training rows that fit; `share` of them get other slot values in an epoch.
+    `made_up`: see `MadeUp`.
+    """
 
     tokens: FrameTokens = field(kw_only=True)
     texts: Sequence[FrameRow] = ()
     share: float = 0.0
+    made_up: float = 0.0
     seed: int = 0
 
     score_name = "exact match"
 
     def rows(self) -> Rows | EpochRows:
-        if not self.share:
+        if not self.share and not self.made_up:
             return super().rows()
         pool = slot_values(self.texts)
+        inventor = MadeUp(self.tokens, self.texts, self.made_up) if self.made_up else None
 
         def of_epoch(epoch: int) -> Rows:
             rng = np.random.default_rng([self.seed, epoch])
@@ -90,8 +96,10 @@ class CommandJob(DecoderJob):
                 swapped(row, pool, rng) if swap else row
                 for row, swap in zip(self.texts, chosen, strict=True)
             ]
+            made = encode_frames(
+                self.tokens, rows, (lambda row: inventor.words(row, rng)) if inventor else None
+            )
             # A new value may be longer than the old one: such a row stays as it was.
-            made = encode_frames(self.tokens, rows)
             ids, starts = list(made.ids), made.starts.copy()
             for number in np.flatnonzero(made.lengths > self.settings["max_length"]):
                 ids[number], starts[number] = self.train.ids[number], self.train.starts[number]
@@ -164,6 +172,7 @@ def prepare_command(
         tokens=tokens,
         texts=texts,
         share=config.slot_swap,
+        made_up=config.made_up,
         seed=config.seed,
     )
 
@@ -189,12 +198,17 @@ def _fitting(
     return [rows[n] for n in kept], replace(every, ids=ids, starts=every.starts[kept])
 
 
-def encode_frames(tokens: FrameTokens, rows: Sequence[FrameRow]) -> Sequences:
-    """Rows as tokens; the marks of the answer count."""
+def encode_frames(
+    tokens: FrameTokens,
+    rows: Sequence[FrameRow],
+    words_of: Callable[[FrameRow], list[list[int]]] | None = None,
+) -> Sequences:
+    """Rows as tokens; the marks of the answer count. words_of: other tokens for a row's words."""
     ids, starts = [], np.empty(len(rows), np.int64)
     for number, row in enumerate(rows):
-        prompt = tokens.prompt(row.text)
-        answer = tokens.answer(row.text, row.frame, row.spans)
+        made = words_of(row) if words_of else None
+        prompt = tokens.prompt(row.text, made)
+        answer = tokens.answer(row.text, row.frame, row.spans, made)
         ids.append(np.array([*prompt, *answer], np.int32))
         starts[number] = len(prompt)
     return Sequences(ids, starts, 0, np.sort(tokens.marks))

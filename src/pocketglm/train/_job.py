@@ -31,8 +31,9 @@ class FinetuneConfig(LoopConfig):
     weigh each label by the inverse of its share. head_multiplier: for the new layers; those that
     come trained with the checkpoint learn at the body's rate.
 
-    Commands alone: slot_swap: share of the rows that get other values of the same slots, anew in
-    each epoch.
+    Commands alone, both anew in each epoch: slot_swap: share of the rows that get other values of
+    the same slots. made_up: share of the slots' values that become made-up words; of the other
+    words a tenth of it.
     """
 
     learning_rate: float = Field(3e-4, gt=0)
@@ -50,6 +51,7 @@ class FinetuneConfig(LoopConfig):
     lora: int | None = Field(None, ge=1)
     lora_alpha: float | None = Field(None, gt=0)
     slot_swap: float = Field(0.0, ge=0, le=1)
+    made_up: float = Field(0.0, ge=0, le=1)
 
     @property
     def options(self) -> DataOptions:
