@@ -24,7 +24,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.svm import LinearSVC
 
-from pocketglm.cli.demo import NAMES, TRAINING, small_encoder
+from pocketglm.cli._demo_encoder import NAMES, TRAINING, small_encoder
 from pocketglm.data.commands import generate
 
 HERE = Path(__file__).parent
