@@ -3,7 +3,7 @@
 A method, target, runtime or task is one file that ends in `SPEC = ...`, an instance of one of
 the classes below. `registry.load` finds it by its file name. Nothing else has to be edited.
 
-    methods/NAME.py   SPEC = TensorMethod(...)     Checkpoint -> Checkpoint
+    methods/NAME.py   SPEC = TensorMethod(...) or ModelMethod(...)   Checkpoint -> Checkpoint
     targets/NAME.py   SPEC = Target(...)           Checkpoint -> Export
     runtimes/NAME.py  SPEC = Runtime(...)          Checkpoint | Export -> Session
     eval/NAME.py      SPEC = Task(...)             Session + rows -> Scores
@@ -81,7 +81,65 @@ class TensorMethod:
     ]
 
 
-Method = TensorMethod  # BlockMethod and ModelMethod join with their issues
+class TaskRows(Protocol):
+    """A task's rows for learning, as its reader gives them; every row has a `text`.
+
+    contents: all of them as JSON values, for a digest. The test rows are never among them.
+    """
+
+    @property
+    def train(self) -> Sequence[Any]: ...
+    @property
+    def validation(self) -> Sequence[Any]: ...
+    @property
+    def contents(self) -> list[Any]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What a step may use beside its settings and its checkpoint.
+
+    source: the plan's own input; the teacher of a step that needs one and names none. cache: where
+    a step may keep what other runs can use again, in folders named by a sha256 of what decides it.
+    task, data, rows: what the model is for, where to find it, and what was read there; None: not
+    given.
+    """
+
+    source: Checkpoint
+    seed: int
+    reporter: Reporter
+    cache: Path
+    task: str | None = None
+    data: DataOptions | None = None
+    rows: TaskRows | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMethod:
+    """A method that sees the whole model, and rows of the task if it asks for them.
+
+    `check` returns the reasons why it cannot work on this checkpoint, from headers, settings and
+    rows alone. `predict` returns the checkpoint after the step as headers (config, tensors,
+    manifest; `model.hf.predicted` makes them); where only the work itself can tell the sizes, an
+    upper estimate. `run` writes the whole checkpoint into a folder (`save_encoder`, ...) and
+    returns what it measured; `folder / WORK` is for files with which a killed run resumes, it is
+    removed afterwards. The step's lineage, size and score are added by `stages.compress`.
+    `inputs`: files or folders that the settings name; their contents belong to the step's key.
+    `identity`: settings with which no weight changes; None: there are none.
+    """
+
+    summary: str
+    config: type[Config]
+    check: Callable[[Any, Checkpoint, StepContext], list[str]]
+    predict: Callable[[Any, Checkpoint, StepContext], Checkpoint]
+    run: Callable[[Any, Checkpoint, Path, StepContext], Mapping[str, float]]
+    needs_rows: Callable[[Any], bool] = lambda config: False
+    inputs: Callable[[Any], Sequence[Path]] = lambda config: ()
+    identity: Mapping[str, Any] | None = None
+
+
+WORK = "work"  # what a ModelMethod keeps for a resume
+Method = TensorMethod | ModelMethod  # BlockMethod joins with its issue
 
 
 # --- targets and runtimes ----------------------------------------------------------------------

@@ -282,11 +282,11 @@ def test_edited_numeric_code_makes_a_step_new(
         shutil.copytree(_step._PACKAGE / part, package / part)
     monkeypatch.setattr(_step, "_PACKAGE", package)
     for reused in (True, False):
-        _step._code.cache_clear()
+        _step.code_digest.cache_clear()
         assert run(source, tmp_path / str(reused)).steps[0].reused is reused
         with (package / edit).open("a") as file:
             file.write("# edited\n")
-    _step._code.cache_clear()
+    _step.code_digest.cache_clear()
 
 
 def test_a_cache_entry_that_lost_most_of_its_files_is_built_again(

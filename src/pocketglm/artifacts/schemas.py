@@ -150,6 +150,14 @@ class StepResult(Config):
     effect: dict[str, float] = {}
     seconds: float
 
+    def figures(self) -> list[str]:
+        """The effect in words, without the sizes: 'accuracy 0.961', 'parameters 22,713,216'."""
+        return [
+            f"{name.replace('_', ' ')} " + (f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}")
+            for name, value in self.effect.items()
+            if not name.startswith("bytes")
+        ]
+
 
 class CompressResult(Config):
     """With `--dry-run`, `bytes_after` is computed from the headers and nothing is written."""

@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from pocketglm.cli._common import Force, Json, MaxMemory, Out, Progressive, emit, megabytes, table
+from pocketglm.cli._common import (
+    DATA_HELP,
+    Force,
+    Json,
+    LabelColumnName,
+    MaxMemory,
+    OosLabel,
+    Out,
+    Progressive,
+    TextColumnName,
+    emit,
+    megabytes,
+    table,
+)
+from pocketglm.contracts import DataOptions
 from pocketglm.errors import UsageError
 from pocketglm.stages._memory import parse_size
 from pocketglm.stages.compress import compress
@@ -29,13 +43,31 @@ def main(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the sizes that would result; write nothing.")
     ] = False,
+    task: Annotated[
+        str | None,
+        typer.Option(help="intent, command or lm; default: the one that it was trained for."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rows for methods that learn or calibrate; each step is then scored on the "
+            "validation rows. " + DATA_HELP,
+            show_default=False,
+        ),
+    ] = None,
+    text_column: TextColumnName = "text",
+    label_column: LabelColumnName = "label",
+    oos_label: OosLabel = "oos",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use at most this many rows of each split.")
+    ] = None,
     max_memory: MaxMemory = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Run a plan, or one --method, on CHECKPOINT and write the result to OUT."""
     steps = _plan(plan, method, set or [])
-    limit = parse_size(max_memory)
+    rows = DataOptions(data, text_column, label_column, oos_label, limit) if data else None
     with Progressive() as reporter:
         result = compress(
             checkpoint,
@@ -43,7 +75,9 @@ def main(
             out,
             force=force,
             dry_run=dry_run,
-            max_memory=limit,
+            task=task,
+            data=rows,
+            max_memory=parse_size(max_memory),
             reporter=reporter,
         )
 
@@ -54,11 +88,7 @@ def main(
                 megabytes(step.bytes_before),
                 megabytes(step.bytes_after),
                 f"{step.bytes_before / max(step.bytes_after, 1):.2f}x",
-                ", ".join(
-                    f"{k.replace('_', ' ')} {v:.3g}"
-                    for k, v in step.effect.items()
-                    if not k.startswith("bytes")
-                ),
+                ", ".join(step.figures()),
             ]
             for step in result.steps
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ import torch
 from pocketglm.artifacts import safetensors
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.manifest import MANIFEST, Manifest, write_json
-from pocketglm.artifacts.safetensors import NAMES
+from pocketglm.artifacts.safetensors import NAMES, TensorInfo
 from pocketglm.errors import CheckpointError
 from pocketglm.model import bert, causal
 from pocketglm.model.decoder import Decoder
@@ -58,6 +59,7 @@ __all__ = [
     "max_length_of",
     "model_spec_of",
     "pocketglm_fields",
+    "predicted",
     "role_of",
     "save_decoder",
     "save_encoder",
@@ -277,6 +279,28 @@ def write_decoder(
     if source:
         _copy_tokenizer(source.path, folder)
     write_json(folder / MANIFEST, manifest.model_copy(update={"schemes": {}}))
+
+
+def predicted(ckpt: Checkpoint, spec: EncoderSpec | DecoderSpec) -> Checkpoint:
+    """The headers of `ckpt` if its model were `spec`, saved in float32 by `save_encoder` or
+    `save_decoder`. Its labels and everything beside the model stay.
+    """
+    if isinstance(spec, EncoderSpec):
+        labels = labels_of(ckpt)
+        config = dict(sorted((_config(ckpt.config, spec, labels) | {"dtype": "float32"}).items()))
+        prefix = bert.PREFIX if spec.head == "classification" else ""
+        names = {name: _saved_name(name, prefix) for name in _skeleton(spec).state_dict()}
+    else:
+        config = decoder_config(spec, ckpt, torch.float32)
+        names = {name: causal.hf_name(name) for name in _skeleton(spec).state_dict()}
+    shapes = {names[n]: tuple(t.shape) for n, t in _skeleton(spec).state_dict().items()}
+    file = ckpt.path / "model.safetensors"
+    return replace(
+        ckpt,
+        config=config,
+        manifest=ckpt.manifest.model_copy(update={"schemes": {}}),
+        tensors={n: TensorInfo(n, "F32", shape, file, 0) for n, shape in shapes.items()},
+    )
 
 
 def decoder_config(

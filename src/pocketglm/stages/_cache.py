@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.output import REQUEST, disk_errors, output_folder
+from pocketglm.contracts import WORK
 from pocketglm.errors import InputError, LockedError
 
 SEAL = "step.sha256"
@@ -90,14 +91,17 @@ class _FinishedElsewhereError(Exception):
 
 
 def _fill(folder: Path, build: Callable[[Path], None]) -> str:
-    """Build and seal an entry; on an error nothing of it stays, since a step starts afresh."""
+    """Build and seal an entry. On an error nothing of it stays; after Ctrl-C, as after a kill, what
+    a step has put into WORK, to go on from.
+    """
     try:
         build(folder)
         digest = Checkpoint.open(folder).digest()
         (folder / SEAL).write_text(digest)
-    except BaseException:
+    except BaseException as error:
+        kept = (REQUEST, WORK) if isinstance(error, KeyboardInterrupt) else (REQUEST,)
         for item in folder.iterdir():
-            if item.name != REQUEST:
+            if item.name not in kept:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
         raise
     return digest

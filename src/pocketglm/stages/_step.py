@@ -26,12 +26,11 @@ from pocketglm.artifacts.manifest import (
     Manifest,
     Step,
     digest_files,
-    digest_value,
     tool_versions,
     write_json,
 )
 from pocketglm.artifacts.scheme import TensorScheme
-from pocketglm.contracts import Reporter
+from pocketglm.contracts import Config, Reporter, TensorMethod
 from pocketglm.model.hf import model_spec_of, pocketglm_fields
 from pocketglm.ops.affine import dequantize
 from pocketglm.ops.stored import Layout, as_tensor, check_finite, store, stored_layout
@@ -49,12 +48,14 @@ _SPARE = 32 << 20  # headers, the scale search's buffers, what the allocator kee
 _PACKAGE = Path(__file__).parents[1]
 
 
-def step_layout(step: PlanStep, ckpt: Checkpoint) -> tuple[Layout, dict[str, TensorScheme]]:
+def step_layout(
+    spec: TensorMethod, config: Config, ckpt: Checkpoint
+) -> tuple[Layout, dict[str, TensorScheme]]:
     """Tensors and schemes after a step, in file order, from the headers."""
     layout: Layout = {}
     schemes = dict(ckpt.manifest.schemes)
     for name, info in ckpt.tensors.items():
-        scheme = step.spec.select(step.config, ckpt, info)
+        scheme = spec.select(config, ckpt, info)
         parts = stored_layout(name, info.shape, scheme, info.dtype)
         layout |= parts
         if scheme:
@@ -66,30 +67,18 @@ def step_layout(step: PlanStep, ckpt: Checkpoint) -> tuple[Layout, dict[str, Ten
 
 
 @functools.cache
-def _code(method: str) -> str:
+def code_digest(method: str, folders: tuple[str, ...]) -> str:
     """Digest of the source that a step's numbers come from: an edit makes old entries invalid."""
-    files = [path for folder in ("ops/*.py", "methods/_*.py") for path in _PACKAGE.glob(folder)]
+    files = [path for folder in folders for path in sorted(_PACKAGE.glob(f"{folder}*.py"))]
     return digest_files(_PACKAGE, [*files, _PACKAGE / "methods" / f"{method}.py"])
-
-
-def step_key(step: PlanStep, seed: int | None, parent: str) -> str:
-    return digest_value(
-        {
-            "parent": parent,
-            "method": step.method,
-            "settings": step.settings,
-            "seed": seed,
-            "version": tool_versions()["pocketglm"],
-            "code": _code(step.method),
-        }
-    )
 
 
 @dataclass(frozen=True, slots=True)
 class StepJob:
-    """One step of a plan on one checkpoint."""
+    """One step by a method that sees a tensor at a time, on one checkpoint."""
 
     step: PlanStep
+    spec: TensorMethod
     seed: int | None
     ckpt: Checkpoint
     parent: str
@@ -99,7 +88,7 @@ class StepJob:
 
     def run(self, folder: Path) -> None:
         """Write the step's checkpoint into `folder`."""
-        layout, schemes = step_layout(self.step, self.ckpt)
+        layout, schemes = step_layout(self.spec, self.step.config, self.ckpt)
         new = {n: s for n, s in schemes.items() if n not in self.ckpt.manifest.schemes}
         writer = safetensors.Writer(folder / WEIGHTS, layout)
         lost = total = 0.0
@@ -135,7 +124,7 @@ class StepJob:
                 "schemes": schemes,
             }
         )
-        write_json(folder / "config.json", _config(self.ckpt, manifest))
+        write_json(folder / "config.json", upstream_config(self.ckpt, manifest))
         write_json(folder / MANIFEST, manifest)
 
     def _chunks(
@@ -155,7 +144,7 @@ class StepJob:
             return _Chunk(info.name, [(info.name, rows)], last)
         weight = as_tensor(rows).float()
         check_finite(self.ckpt, info.name, weight, start)
-        q, scales, zero_points = self.step.spec.quantize(self.step.config, weight, scheme)
+        q, scales, zero_points = self.spec.quantize(self.step.config, weight, scheme)
         parts = []
         for part, array in store(info.name, q, scales, zero_points, scheme).items():
             if part == f"{info.name}_shape":  # of the whole weight, written once
@@ -248,7 +237,7 @@ def row_ranges(info: TensorInfo, size: int) -> list[tuple[int, int | None]]:
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _config(ckpt: Checkpoint, manifest: Manifest) -> dict[str, Any]:
+def upstream_config(ckpt: Checkpoint, manifest: Manifest) -> dict[str, Any]:
     """config.json after a step: upstream's quantization_config where upstream can open it."""
     left_out = ("quantization_config", "auto_map")  # the Python code is not copied
     config = {key: value for key, value in ckpt.config.items() if key not in left_out}

@@ -1,36 +1,45 @@
 """Checkpoint + Plan -> smaller Checkpoint. Finished steps come from the step cache.
 
 A step reads the folder of the one before it and writes its own into the cache, a chunk of rows at
-a time; the last one is copied to OUT. A tensor is complete or the step does not exist, so after a
-kill the same command ends with the same bytes.
+a time or (`ModelMethod`) as a whole; the last one is copied to OUT. A step is complete or does not
+exist, and training goes on where it was, so after a kill the same command ends with the same bytes.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pocketglm.artifacts.checkpoint import Checkpoint, TensorInfo
 from pocketglm.artifacts.manifest import MANIFEST, digest_value, tool_versions, write_json
 from pocketglm.artifacts.output import free_bytes, is_done, output_folder
 from pocketglm.artifacts.schemas import CompressResult, StepResult
-from pocketglm.contracts import Reporter, Silent
-from pocketglm.errors import DiskFullError, UnsupportedError
+from pocketglm.contracts import WORK, DataOptions, ModelMethod, Reporter, Silent, StepContext
+from pocketglm.errors import DiskFullError, UnsupportedError, UsageError
 from pocketglm.model.hf import check_tensors
 from pocketglm.stages import _cache
 from pocketglm.stages._memory import Ceiling
+from pocketglm.stages._model_step import SCORE, ModelJob, add_score, input_digests
 from pocketglm.stages._step import (
     WEIGHTS,
     StepJob,
     chunk_size,
+    code_digest,
     copy_file,
-    step_key,
     step_layout,
     stored_bytes,
 )
 from pocketglm.stages.plan import Plan, PlanStep
+from pocketglm.train.finetune import read_task
+
+_OOS, _OOS_FALL = f"{SCORE}oos_recall", 0.02
+# The source that a step's numbers come from, by the kind of its method.
+_CODE = ("ops/", "methods/_")
+_WHOLE_CODE = (*_CODE, "model/", "train/", "data/", "text/")
 
 
 def compress(
@@ -40,11 +49,16 @@ def compress(
     *,
     force: bool = False,
     dry_run: bool = False,
+    task: str | None = None,
+    data: DataOptions | None = None,
     cache: Path | None = None,
     max_memory: int | None = None,
     reporter: Reporter | None = None,
 ) -> CompressResult:
     """Run `plan` on the checkpoint in `path` and write `out`; `dry_run` writes nothing.
+
+    task, data: what the model is for and rows of it, for methods that learn or look at activations;
+    each step is then scored on the validation rows. task: None = the one it was trained for.
 
     cache: folder of finished steps, None = the user's. Sizes in the result are the bytes of all
     tensors; a dry run computes them from the headers. max_memory: bytes that the process may have
@@ -52,6 +66,8 @@ def compress(
 
     Raises:
         UnsupportedError: a method refuses the checkpoint; every reason is listed.
+        UsageError: a method needs rows and there is no `data`, or the task is unknown.
+        DataError: the rows cannot be used.
         CheckpointError: a weight holds NaN, or the checkpoint is damaged.
         DiskFullError: checked before the work begins.
         MemoryCeilingError: the work does not fit `max_memory`; checked before it begins.
@@ -61,38 +77,39 @@ def compress(
     reporter, root = reporter or Silent(), cache or _cache.cache_root()
     ckpt = Checkpoint.open(path)
     check_tensors(ckpt)
-    stages = _predict(ckpt, plan)
+    run = _Run.prepare(ckpt, plan, task, data, reporter, root)
+    stages = run.predict()
     if dry_run:
         steps = [
             _result(step, stages[i], stages[i + 1], reused=False)
             for i, step in enumerate(plan.steps)
         ]
         return _summary(out, steps, ckpt, dry_run=True)
-    source = ckpt.digest()
     request = digest_value(
         {
             "verb": "compress",
-            "checkpoint": source,
+            "checkpoint": run.source,
             "plan": plan.describe(),
             "version": tool_versions()["pocketglm"],
+            **run.inputs,
         }
     )
     if is_done(out, request, force, [path]):
         return _summary(out, _past(plan, stages, out), ckpt, already_done=True)
-    missing = stages[1 + _finished(plan, root, source) :]
+    missing = stages[1 + run.finished(root) :]
     _require_space({root: sum(map(stored_bytes, missing)), out: stored_bytes(stages[-1])})
     ceiling = Ceiling(max_memory, "compress")
     size = chunk_size(ckpt, ceiling)
     with output_folder(out, request, force, [path]) as folder:
         steps = []
-        current, digest = ckpt, source
+        current, digest = ckpt, run.source
         for step in plan.steps:
             began = time.monotonic()
-            key = step_key(step, plan.seed, digest)
-            job = StepJob(step, plan.seed, current, digest, reporter, ceiling, size)
-            entry = _cache.obtain(root, key, job.run)
+            build = run.builder(step, current, digest, ceiling, size)
+            entry = _cache.obtain(root, run.key(step, digest), build)
             seconds = round(time.monotonic() - began, 3)
             steps.append(_result(step, current, entry.ckpt, entry.reused, seconds))
+            _say_effect(steps[-1], current, reporter)
             current, digest = entry.ckpt, entry.digest
         _copy(current, folder)
         manifest = current.manifest.model_copy(update={"request": request})
@@ -100,35 +117,120 @@ def compress(
     return _summary(out, steps, ckpt)
 
 
-# --- before the work -----------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A plan, what its steps may use, and the digests of that.
 
+    source: digest of the plan's input. inputs: of the task's rows, where there are any.
+    """
 
-def _predict(ckpt: Checkpoint, plan: Plan) -> list[Checkpoint]:
-    """`ckpt`, and the headers of what each step will make; refuses before any work."""
-    stages = [ckpt]
-    for number, step in enumerate(plan.steps, 1):
-        before = stages[-1]
-        if reasons := step.spec.check(step.config, before):
-            where = f"step {number}, {step.method}," if len(plan.steps) > 1 else step.method
-            raise UnsupportedError(f"{where} cannot process {ckpt.path}:", reasons)
-        layout, schemes = step_layout(step, before)
-        tensors = {
-            name: TensorInfo(name, dtype, shape, ckpt.path / WEIGHTS, 0)
-            for name, (dtype, shape) in layout.items()
-        }
-        manifest = before.manifest.model_copy(update={"schemes": schemes})
-        stages.append(replace(before, tensors=tensors, manifest=manifest))
-    return stages
+    plan: Plan
+    context: StepContext
+    source: str
+    inputs: Mapping[str, Any]
 
+    @classmethod
+    def prepare(
+        cls,
+        ckpt: Checkpoint,
+        plan: Plan,
+        task: str | None,
+        data: DataOptions | None,
+        reporter: Reporter,
+        cache: Path,
+    ) -> _Run:
+        """Read the rows, and refuse a plan that needs some where there are none."""
+        task = task or ckpt.manifest.task
+        for step in plan.steps:
+            spec = step.spec
+            if data is None and isinstance(spec, ModelMethod) and spec.needs_rows(step.config):
+                raise UsageError(
+                    f"{step.method} needs rows of the task", "add --data DATA (and --task TASK)"
+                )
+        if data is not None and task is None:
+            raise UsageError(
+                f"--data needs a task: {ckpt.path} was not trained for one here",
+                "add --task intent, command or lm",
+            )
+        rows = read_task(task, data) if task is not None and data is not None else None
+        context = StepContext(ckpt, plan.seed or 0, reporter, cache, task, data, rows)
+        inputs = {"rows": digest_value([task, rows.contents])} if rows else {}
+        return cls(plan, context, ckpt.digest(), inputs)
 
-def _finished(plan: Plan, root: Path, digest: str) -> int:
-    """How many of the plan's first steps are in the cache."""
-    for number, step in enumerate(plan.steps):
-        found = _cache.sealed_digest(root, step_key(step, plan.seed, digest))
-        if found is None:
-            return number
-        digest = found
-    return len(plan.steps)
+    def predict(self) -> list[Checkpoint]:
+        """The input, and the headers of what each step will make; refuses before any work."""
+        stages = [self.context.source]
+        for number, step in enumerate(self.plan.steps, 1):
+            before, spec = stages[-1], step.spec
+            if isinstance(spec, ModelMethod):
+                reasons = spec.check(step.config, before, self.context)
+            else:
+                reasons = spec.check(step.config, before)
+            if reasons:
+                where = (
+                    f"step {number}, {step.method}," if len(self.plan.steps) > 1 else step.method
+                )
+                raise UnsupportedError(
+                    f"{where} cannot process {self.context.source.path}:", reasons
+                )
+            if isinstance(spec, ModelMethod):
+                stages.append(spec.predict(step.config, before, self.context))
+                continue
+            layout, schemes = step_layout(spec, step.config, before)
+            tensors = {
+                name: TensorInfo(name, dtype, shape, before.path / WEIGHTS, 0)
+                for name, (dtype, shape) in layout.items()
+            }
+            manifest = before.manifest.model_copy(update={"schemes": schemes})
+            stages.append(replace(before, tensors=tensors, manifest=manifest))
+        return stages
+
+    def key(self, step: PlanStep, parent: str) -> str:
+        """The name of a step's result in the cache: a digest of all that decides it."""
+        spec, own = step.spec, dict(self.inputs)
+        folders: tuple[str, ...] = _CODE
+        if isinstance(spec, ModelMethod):
+            own |= {"source": self.source, "files": input_digests(spec.inputs(step.config))}
+            folders = _WHOLE_CODE
+        return digest_value(
+            {
+                "parent": parent,
+                "method": step.method,
+                "settings": step.settings,
+                "seed": self.plan.seed,
+                "version": tool_versions()["pocketglm"],
+                "code": code_digest(step.method, folders),
+                **own,
+            }
+        )
+
+    def finished(self, root: Path) -> int:
+        """How many of the plan's first steps are in the cache."""
+        digest = self.source
+        for number, step in enumerate(self.plan.steps):
+            found = _cache.sealed_digest(root, self.key(step, digest))
+            if found is None:
+                return number
+            digest = found
+        return len(self.plan.steps)
+
+    def builder(
+        self, step: PlanStep, ckpt: Checkpoint, parent: str, ceiling: Ceiling, size: int
+    ) -> Callable[[Path], None]:
+        """What writes a step's checkpoint into a folder."""
+        spec, context = step.spec, self.context
+        job: ModelJob | StepJob
+        if isinstance(spec, ModelMethod):
+            job = ModelJob(step, spec, ckpt, parent, context, ceiling)
+        else:
+            job = StepJob(step, spec, self.plan.seed, ckpt, parent, context.reporter, ceiling, size)
+
+        def build(folder: Path) -> None:
+            job.run(folder)
+            add_score(folder, context)
+            shutil.rmtree(folder / WORK, ignore_errors=True)  # last: until here a kill can resume
+
+        return build
 
 
 def _require_space(needs: Mapping[Path, int]) -> None:
@@ -152,6 +254,19 @@ def _copy(ckpt: Checkpoint, folder: Path) -> None:
     """All files of a checkpoint. Copies, not links: editing OUT must not change the cache."""
     for file in ckpt.files:
         copy_file(file, folder / file.relative_to(ckpt.path))
+
+
+def _say_effect(result: StepResult, before: Checkpoint, reporter: Reporter) -> None:
+    """A line for each step, and a warning where out-of-scope texts are recognized less."""
+    size = f"{result.bytes_before / 1e6:.1f} -> {result.bytes_after / 1e6:.1f} MB"
+    reporter.say(f"{result.method}: {', '.join([size, *result.figures()])}")
+    old = before.manifest.lineage[-1].effect.get(_OOS) if before.manifest.lineage else None
+    fall = (old or 0.0) - result.effect.get(_OOS, 0.0)
+    if fall > _OOS_FALL:
+        reporter.say(
+            f"warning: {result.method} costs {100 * fall:.1f} points of out-of-scope recall on the "
+            "validation rows"
+        )
 
 
 # --- the result ----------------------------------------------------------------------------------

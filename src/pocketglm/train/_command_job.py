@@ -49,7 +49,7 @@ class CommandRows:
 
     @property
     def contents(self) -> list[Any]:
-        """As `Rowset.contents`."""
+        """As `TaskRows.contents`."""
         rows = (*self.train, *self.validation)
         return [[row.text, row.frame.intent, row.frame.slots, row.language] for row in rows]
 

@@ -43,7 +43,7 @@ class LabelledRows:
 
     @property
     def contents(self) -> list[Any]:
-        """As `Rowset.contents`."""
+        """As `TaskRows.contents`."""
         return [[row.text, row.label] for row in (*self.train, *self.validation)]
 
 

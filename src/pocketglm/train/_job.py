@@ -99,13 +99,6 @@ class Job(Protocol):
         """Write the checkpoint; `manifest` lacks what only the task knows."""
 
 
-class Rowset(Protocol):
-    """The rows that a task has read. `contents`: all of them, as JSON values, for the digest."""
-
-    @property
-    def contents(self) -> list[Any]: ...
-
-
 def length_limit(ckpt: Checkpoint, asked: int | None) -> int:
     """The most tokens that a row may have.
 

@@ -39,7 +39,7 @@ class LmRows:
 
     @property
     def contents(self) -> list[Any]:
-        """As `Rowset.contents`."""
+        """As `TaskRows.contents`."""
         return [[row.text, row.prompt] for row in (*self.train, *self.validation)]
 
 

@@ -19,18 +19,27 @@ from pocketglm.artifacts.manifest import Manifest, Step, digest_value, tool_vers
 from pocketglm.artifacts.origin import origin_of
 from pocketglm.artifacts.output import is_done, output_folder
 from pocketglm.artifacts.schemas import MetricResult, TrainResult
-from pocketglm.contracts import Metric, Reporter, Silent
+from pocketglm.contracts import DataOptions, Metric, Reporter, Silent, TaskRows
 from pocketglm.errors import UsageError, nearest
 from pocketglm.model.hf import is_decoder
 from pocketglm.train._command_job import prepare_command, read_commands
 from pocketglm.train._encoder_job import prepare_classifier, read_labelled
-from pocketglm.train._job import FinetuneConfig, Job, Rowset
+from pocketglm.train._job import FinetuneConfig, Job
 from pocketglm.train._lm_job import prepare_lm, read_lm
 from pocketglm.train._optim import accelerator
 from pocketglm.train._plot import loss_svg
 from pocketglm.train.loop import CHECKPOINT, LoopConfig, LoopResult, train
 
-__all__ = ["PLOT", "RECORD", "TASKS", "FinetuneConfig", "finetune"]
+__all__ = [
+    "PLOT",
+    "RECORD",
+    "TASKS",
+    "FinetuneConfig",
+    "finetune",
+    "read_task",
+    "task_config",
+    "validate",
+]
 
 PLOT = "loss.svg"
 RECORD = "training.json"
@@ -42,7 +51,7 @@ class _TrainTask:
     """`prepare` takes what `read` gives."""
 
     kind: str
-    read: Callable[[FinetuneConfig], Rowset]
+    read: Callable[[FinetuneConfig], TaskRows]
     prepare: Callable[[Checkpoint, FinetuneConfig, Any, Reporter], Job]
 
 
@@ -117,6 +126,38 @@ def finetune(
         if is_main:
             _save(work, ckpt, job, config, request, result, answer)
     return answer
+
+
+def task_config(task: str, data: DataOptions, **settings: Any) -> FinetuneConfig:
+    """The settings of a run on `data`."""
+    return FinetuneConfig(
+        task=task,
+        data=data.path,
+        text_column=data.text_column,
+        label_column=data.label_column,
+        oos_label=data.oos_label,
+        limit=data.limit,
+        **settings,
+    )
+
+
+def read_task(task: str, data: DataOptions) -> TaskRows:
+    """The training and validation rows of a task.
+
+    Raises:
+        UsageError: no such task, or it cannot be trained.
+        DataError: the rows cannot be used.
+    """
+    return _task(task).read(task_config(task, data))
+
+
+def validate(ckpt: Checkpoint, task: str, data: DataOptions, rows: TaskRows) -> dict[str, Metric]:
+    """Score a trained checkpoint on the validation rows; the most important metric comes first.
+
+    Quantized weights are dequantized, activations are float.
+    """
+    job = _task(task).prepare(ckpt, task_config(task, data), rows, Silent())
+    return dict(job.metrics())
 
 
 def _task(name: str) -> _TrainTask:
