@@ -26,7 +26,8 @@ class InspectResult(Config):
     A decoder's `head` is "lm" or "tied lm" (the head is the embedding); `kv_bytes_per_token` is
     that of its cache: a checkpoint's in fp16, an export's as its file keeps it. `logits`: the
     positions that an export computes logits of. `command`: intents with their slots, of a model
-    that was trained for commands. `notes`: what a user should know, one sentence each.
+    that was trained for commands. `layer_heads`, `layer_ffn`: attention heads and FFN channels of
+    each layer where a pruned model's layers differ; `heads` is the greatest. `notes`: what a user should know, one sentence each.
     """
 
     path: str
@@ -38,6 +39,8 @@ class InspectResult(Config):
     hidden_size: int | None = None
     layers: int | None = None
     heads: int | None = None
+    layer_heads: list[int] = []
+    layer_ffn: list[int] = []
     kv_heads: int | None = None
     head_dim: int | None = None
     kv_bytes_per_token: int | None = None

@@ -36,6 +36,8 @@ def show(result: InspectResult) -> None:
         ("parameters", f"{result.parameters:,}" if result.parameters else ""),
         ("precision", result.precision),
         ("layers x hidden x heads", _shape(result)),
+        ("heads by layer", ", ".join(map(str, result.layer_heads))),
+        ("FFN by layer", ", ".join(map(str, result.layer_ffn))),
         ("key/value heads", _cache(result)),
         ("vocabulary", f"{result.vocab_size:,}" if result.vocab_size else ""),
         ("context" if result.kv_bytes_per_token else "max length", _length(result)),
@@ -75,7 +77,8 @@ def _settings(settings: dict[str, Any]) -> str:
 def _shape(result: InspectResult) -> str:
     if result.hidden_size is None:
         return ""
-    return f"{result.layers} x {result.hidden_size} x {result.heads}"
+    size = f" of {result.head_dim}" if result.head_dim and not result.kv_heads else ""
+    return f"{result.layers} x {result.hidden_size} x {result.heads}{size}"
 
 
 def _length(result: InspectResult) -> str:

@@ -38,7 +38,10 @@ from pocketglm.model.hf import load_decoder, load_encoder, save_decoder, save_en
 
 
 class PocketGLMConfig(BertConfig):  # type: ignore[no-untyped-call]
-    """BERT's fields, and `pooling` says how tokens are pooled; a decoder has its family's."""
+    """BERT's fields, and `pooling` says how tokens are pooled; a decoder has its family's.
+
+    Pruned layers: `head_dim`, `layer_num_attention_heads`, `layer_intermediate_size`.
+    """
 
     model_type = "pocketglm"
     pooling: str = "mean"

@@ -34,7 +34,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.blocks = nn.ModuleList(Block(spec.block()) for _ in range(spec.num_layers))
+        self.blocks = nn.ModuleList(Block(spec.block(i)) for i in range(spec.num_layers))
         self.norm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.head = None if spec.tied else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 

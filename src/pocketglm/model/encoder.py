@@ -43,7 +43,7 @@ class Encoder(nn.Module):
         self.spec = spec
         width = spec.hidden_size
         self.embeddings = Embeddings(spec)
-        self.blocks = nn.ModuleList(Block(spec.block()) for _ in range(spec.num_layers))
+        self.blocks = nn.ModuleList(Block(spec.block(i)) for i in range(spec.num_layers))
         self.pooler = nn.Linear(width, width) if spec.pooler else None
         self.classifier = nn.Linear(width, spec.num_labels) if spec.num_labels else None
         drop = spec.dropout if spec.classifier_dropout is None else spec.classifier_dropout

@@ -6,7 +6,8 @@ What an encoder's folder means:
   `1_Pooling/config.json` says (mean where there is none) and always L2-normalized: the cosine of
   two texts, which is what embeddings are compared by, does not change.
 * `model_type: pocketglm`: the same fields, with `pooling`; for what upstream classes cannot
-  express, such as a mean-pooled classifier (`model/auto.py` opens it in transformers).
+  express, such as a mean-pooled classifier or layers of unequal sizes after pruning (`head_dim`,
+  `layer_num_attention_heads`, `layer_intermediate_size`). `model/auto.py` opens it in transformers.
 
 A decoder's folder is a causal language model of one of `DECODERS`; where upstream cannot express
 how its weights are stored, it is `model_type: pocketglm` with the `family`.
@@ -72,6 +73,7 @@ def spec_of(ckpt: Checkpoint) -> EncoderSpec:
     return bert.spec_of(
         ckpt.config,
         file,
+        own=ckpt.config["model_type"] == POCKETGLM,
         head=head,
         pooling=pooling,
         pooler=pooler,

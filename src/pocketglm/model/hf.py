@@ -203,7 +203,8 @@ def save_encoder(
     weights are stored, None = float32.
 
     A classifier over the pooler and an embedding open in transformers as they are (an embedding in
-    sentence-transformers too); a mean-pooled classifier is `model_type: pocketglm`.
+    sentence-transformers too); a mean-pooled classifier, and a model whose layers upstream cannot
+    express (`EncoderSpec.regular`), is `model_type: pocketglm`.
     """
     spec, dtype = model.spec, dtype or torch.float32
     if len(labels) != spec.num_labels:
@@ -327,7 +328,8 @@ def _saved_name(name: str, prefix: str) -> str:
 
 def _config(old: Mapping[str, Any], spec: EncoderSpec, labels: list[str]) -> dict[str, Any]:
     """`old` with this spec's fields; saving the result again changes nothing."""
-    replaced = ("quantization_config", "_name_or_path", "torch_dtype", "auto_map", "pooling")
+    replaced = {"quantization_config", "_name_or_path", "torch_dtype", "auto_map", "pooling"}
+    replaced |= {"family", *bert.OWN_SIZES}
     config = {key: value for key, value in old.items() if key not in replaced}
     classifies = spec.head == "classification"
     config |= {
@@ -340,7 +342,7 @@ def _config(old: Mapping[str, Any], spec: EncoderSpec, labels: list[str]) -> dic
     if classifies:
         config["id2label"] = {str(index): label for index, label in enumerate(labels)}
         config["label2id"] = {label: index for index, label in enumerate(labels)}
-    if classifies and spec.pooling == "mean":
+    if not spec.regular or (classifies and spec.pooling == "mean"):
         config |= pocketglm_fields(spec)
     return config
 
@@ -358,6 +360,7 @@ def pocketglm_fields(spec: EncoderSpec | DecoderSpec) -> dict[str, Any]:
         "architectures": [architecture],
         "model_type": POCKETGLM,
         "pooling": spec.pooling,
+        **bert.own_sizes(spec),
     }
 
 

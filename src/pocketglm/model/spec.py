@@ -78,6 +78,9 @@ class EncoderSpec:
     pooling uses it; an embedding model only carries it (its embedding is the raw pooled state).
     num_labels: classes of the classification head, 0 for an embedding.
     classifier_dropout: None = `dropout`.
+    head_dim: 0 = hidden_size / num_heads, and then filled in; a pruned model has fewer heads than
+    fill the hidden size. layer_heads, layer_ffn: heads and FFN channels of each layer where they
+    differ, empty where all are alike; `num_heads` and `intermediate_size` are then the greatest.
     """
 
     vocab_size: int
@@ -97,25 +100,61 @@ class EncoderSpec:
     pooler: bool = False
     num_labels: int = 0
     pad_id: int = 0
+    head_dim: int = 0
+    layer_heads: tuple[int, ...] = ()
+    layer_ffn: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
-            )
+        if not self.head_dim:
+            if self.hidden_size % self.num_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_heads "
+                    f"{self.num_heads}"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        self._settle("layer_heads", "num_heads")
+        self._settle("layer_ffn", "intermediate_size")
         if (self.head == "classification") != (self.num_labels > 0):
             raise ValueError(f"a {self.head} head cannot have {self.num_labels} labels")
         if self.head == "classification" and self.pooler != (self.pooling == "cls"):
             raise ValueError("a classifier has a pooler exactly if its pooling is 'cls'")
 
-    def block(self) -> BlockSpec:
-        """The spec of each of its blocks."""
+    def _settle(self, name: str, common: str) -> None:
+        """One form for each meaning: sizes of layers that are alike become the common size."""
+        sizes: tuple[int, ...] = getattr(self, name)
+        if not sizes:
+            return
+        if len(sizes) != self.num_layers or min(sizes) < 1:
+            raise ValueError(
+                f"{name} {list(sizes)}: should be a positive number for each of the "
+                f"{self.num_layers} layers"
+            )
+        object.__setattr__(self, common, max(sizes))
+        object.__setattr__(self, name, tuple(sizes) if len(set(sizes)) > 1 else ())
+
+    @property
+    def regular(self) -> bool:
+        """Whether all layers are alike and their heads fill the hidden size, as upstream's do."""
+        filled = self.num_heads * self.head_dim == self.hidden_size
+        return filled and not self.layer_heads and not self.layer_ffn
+
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads of each layer."""
+        return self.layer_heads or (self.num_heads,) * self.num_layers
+
+    def ffn(self) -> tuple[int, ...]:
+        """FFN channels of each layer."""
+        return self.layer_ffn or (self.intermediate_size,) * self.num_layers
+
+    def block(self, index: int) -> BlockSpec:
+        """The spec of one of its blocks."""
+        heads = self.heads()[index]
         return BlockSpec(
             hidden_size=self.hidden_size,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_heads,
-            head_dim=self.hidden_size // self.num_heads,
-            intermediate_size=self.intermediate_size,
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=self.head_dim,
+            intermediate_size=self.ffn()[index],
             activation=self.activation,
             norm_eps=self.layer_norm_eps,
             attention_bias=True,
@@ -173,8 +212,10 @@ class DecoderSpec:
         """Bytes that one token takes in an fp16 cache."""
         return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
-    def block(self) -> BlockSpec:
-        """The spec of each of its blocks."""
+    def block(self, index: int) -> BlockSpec:
+        """The spec of one of its blocks; today all are alike."""
+        if not 0 <= index < self.num_layers:
+            raise IndexError(f"layer {index} of {self.num_layers}")
         return BlockSpec(
             hidden_size=self.hidden_size,
             num_heads=self.num_heads,

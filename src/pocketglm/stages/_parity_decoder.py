@@ -196,7 +196,7 @@ class _Reference:
     def block(self, index: int, x: Tensor) -> Tensor:
         """x [B, S, H] -> [B, S, H], every row by itself from position 0."""
         with bare_modules():
-            block = Block(self.spec.block())
+            block = Block(self.spec.block(index))
         state = {
             name: self._whole(f"blocks.{index}.{name}", tuple(tensor.shape))
             for name, tensor in block.state_dict().items()

@@ -93,7 +93,9 @@ def _own_fields(ckpt: Checkpoint) -> dict[str, Any]:
     """What only encoders have, or only decoders."""
     spec = model_spec_of(ckpt)
     if isinstance(spec, EncoderSpec):
-        return {"pooling": spec.pooling, "head": spec.head}
+        layers = {"layer_heads": list(spec.layer_heads), "layer_ffn": list(spec.layer_ffn)}
+        size = {} if spec.regular else {"head_dim": spec.head_dim}
+        return {"pooling": spec.pooling, "head": spec.head, **size, **layers}
     return {
         "head": "tied lm" if spec.tied else "lm",
         "kv_heads": spec.num_kv_heads,

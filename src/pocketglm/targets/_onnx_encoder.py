@@ -77,33 +77,34 @@ class EncoderGraph:
 
     def _block(self, x: str, index: int) -> str:
         g, at = self.g, f"blocks.{index}."
-        attended = linear(g, self.weights, self._attention(x, at), at + "attention.output")
+        attended = linear(g, self.weights, self._attention(x, index), at + "attention.output")
         x = self._norm(g.op("Add", attended, x), at + "attention_norm")
         inner = self._activation(linear(g, self.weights, x, at + "ffn.up"))
         inner = linear(g, self.weights, inner, at + "ffn.down")
         return self._norm(g.op("Add", inner, x), at + "ffn_norm", out=f"block.{index}")
 
-    def _attention(self, x: str, at: str) -> str:
-        """The three projections and the attention itself: [B, S, H] -> [B, S, H].
+    def _attention(self, x: str, index: int) -> str:
+        """The three projections and the attention itself: [B, S, H] -> [B, S, heads * head_dim].
 
         Float weights take ONNX Runtime's `Attention`, one kernel for the projections and the rest.
         Integers take one packed projection and `MultiHeadAttention`, not `QAttention`: the product
         of `DynamicQuantizeMatMul` is the one that ONNX Runtime has integer kernels of Arm for.
         """
-        g, heads = self.g, self.spec.num_heads
-        layers = [f"{at}attention.{name}" for name in ("query", "key", "value")]
+        g, heads = self.g, self.spec.heads()[index]
+        layers = [f"blocks.{index}.attention.{name}" for name in ("query", "key", "value")]
         schemes = [self.weights.scheme(f"{layer}.weight") for layer in layers]
         alike = schemes.count(schemes[0]) == len(schemes)
         scheme = schemes[0]
         if self.standard or not alike:
-            return self._plain_attention([linear(g, self.weights, x, name) for name in layers])
+            projections = [linear(g, self.weights, x, name) for name in layers]
+            return self._plain_attention(projections, heads)
         if scheme is None:
             weight = float_columns(g, self.weights, *layers)
             bias = biases(g, self.weights, *layers)
             mask = self._attention_mask()
             return g.microsoft("Attention", x, weight, bias, mask, num_heads=heads)
         packed = linear(g, self.weights, x, *layers)
-        width = self.spec.hidden_size
+        width = heads * self.spec.head_dim
         projections = g.ops("Split", 3, packed, g.ints(width, width, width), axis=-1)
         mask = self._attention_mask()
         return g.microsoft("MultiHeadAttention", *projections, "", mask, num_heads=heads)
@@ -112,9 +113,8 @@ class EncoderGraph:
         self._raw_mask = self._raw_mask or self.g.op("Cast", "attention_mask", to=TensorProto.INT32)
         return self._raw_mask
 
-    def _plain_attention(self, projections: list[str]) -> str:
-        g, heads = self.g, self.spec.num_heads
-        size = self.spec.hidden_size // heads
+    def _plain_attention(self, projections: list[str], heads: int) -> str:
+        g, size = self.g, self.spec.head_dim
         if not self._bias:
             padding = g.op("Sub", g.scalar(1.0), g.op("Unsqueeze", self._mask, g.ints(1, 2)))
             self._bias = g.op("Mul", padding, g.scalar(_MASKED))
