@@ -71,7 +71,7 @@ def write(text: str, frame: Frame, spans: Sequence[Span]) -> str:
     value in the clean text, ascending."""
     line = clean(text)
     parts = [intent_mark(frame.intent)]
-    for word, mark in zip(_pieces(line), _marks_of(line, frame, spans), strict=True):
+    for word, mark in zip(pieces(line), _marks_of(line, frame, spans), strict=True):
         parts += [word, mark]
     return "".join(parts)
 
@@ -143,7 +143,7 @@ def _blank(text: str) -> str:
     return " " if text and not _unspaced(text[0]) else ""
 
 
-def _pieces(line: str) -> Iterator[str]:
+def pieces(line: str) -> Iterator[str]:
     """The words of a clean text, each with the blanks before it."""
     start = 0
     for _, end in words(line):
@@ -216,7 +216,7 @@ class FrameTokens:
         Raises:
             DataError: the text is not Unicode.
         """
-        return [self._word(piece) for piece in _pieces(clean(text))]
+        return [self._word(piece) for piece in pieces(clean(text))]
 
     def _word(self, piece: str) -> list[int]:
         if piece not in self._known:
@@ -258,7 +258,7 @@ class FrameConstraint:
     def __init__(self, tokens: FrameTokens, text: str) -> None:
         self._tokens = tokens
         self._names = {token: name for name, token in tokens.id.items()}
-        self._pieces = list(_pieces(clean(text)))
+        self._pieces = list(pieces(clean(text)))
         self._words = tokens.words(text)
         self._intent = ""
         self._marks: list[str] = []

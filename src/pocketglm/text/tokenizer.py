@@ -138,6 +138,18 @@ class Tokenizer:
         truncated = sum(bool(row.overflowing) for row in rows)
         return Encoded(ids, mask, truncated, unknown, tokens)
 
+    def encode_all(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """Token ids of texts at any length; special: with the model's special tokens around them.
+
+        Raises:
+            DataError: a text is not Unicode.
+        """
+        try:
+            rows = self.inner.encode_batch_fast(list(texts), add_special_tokens=special)
+        except TypeError as error:
+            raise _not_unicode(texts) from error
+        return [list(row.ids) for row in rows]
+
     def encode_prompt(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text that a decoder shall continue, at any length.
 
