@@ -27,7 +27,8 @@ class InspectResult(Config):
     that of its cache: a checkpoint's in fp16, an export's as its file keeps it. `logits`: the
     positions that an export computes logits of. `command`: intents with their slots, of a model
     that was trained for commands. `layer_heads`, `layer_ffn`: attention heads and FFN channels of
-    each layer where a pruned model's layers differ; `heads` is the greatest. `notes`: what a user should know, one sentence each.
+    each layer where a pruned model's layers differ; `heads` is the greatest. `notes`: what a user
+    should know, one sentence each.
     """
 
     path: str
