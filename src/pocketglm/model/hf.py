@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -269,7 +270,7 @@ def write_decoder(
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", decoder_config(spec, source, dtype))
-    stored = NAMES[as_array(torch.empty(0, dtype=dtype)).dtype]
+    stored = NAMES[_numpy_type(dtype)]
     shapes = {n: tuple(t.shape) for n, t in _skeleton(spec).state_dict().items()}
     layout = {causal.hf_name(name): (stored, shape) for name, shape in shapes.items()}
     writer = safetensors.Writer(folder / "model.safetensors", layout)
@@ -282,17 +283,20 @@ def write_decoder(
     write_json(folder / MANIFEST, manifest.model_copy(update={"schemes": {}}))
 
 
-def predicted(ckpt: Checkpoint, spec: EncoderSpec | DecoderSpec) -> Checkpoint:
-    """The headers of `ckpt` if its model were `spec`, saved in float32 by `save_encoder` or
+def predicted(
+    ckpt: Checkpoint, spec: EncoderSpec | DecoderSpec, dtype: torch.dtype = torch.float32
+) -> Checkpoint:
+    """The headers of `ckpt` if its model were `spec`, saved in `dtype` by `save_encoder` or
     `save_decoder`. Its labels and everything beside the model stay.
     """
+    named, stored = str(dtype).removeprefix("torch."), NAMES[_numpy_type(dtype)]
     if isinstance(spec, EncoderSpec):
         labels = labels_of(ckpt)
-        config = dict(sorted((_config(ckpt.config, spec, labels) | {"dtype": "float32"}).items()))
+        config = dict(sorted((_config(ckpt.config, spec, labels) | {"dtype": named}).items()))
         prefix = bert.PREFIX if spec.head == "classification" else ""
         names = {name: _saved_name(name, prefix) for name in _skeleton(spec).state_dict()}
     else:
-        config = decoder_config(spec, ckpt, torch.float32)
+        config = decoder_config(spec, ckpt, dtype)
         names = {name: causal.hf_name(name) for name in _skeleton(spec).state_dict()}
     shapes = {names[n]: tuple(t.shape) for n, t in _skeleton(spec).state_dict().items()}
     file = ckpt.path / "model.safetensors"
@@ -300,8 +304,12 @@ def predicted(ckpt: Checkpoint, spec: EncoderSpec | DecoderSpec) -> Checkpoint:
         ckpt,
         config=config,
         manifest=ckpt.manifest.model_copy(update={"schemes": {}}),
-        tensors={n: TensorInfo(n, "F32", shape, file, 0) for n, shape in shapes.items()},
+        tensors={n: TensorInfo(n, stored, shape, file, 0) for n, shape in shapes.items()},
     )
+
+
+def _numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
+    return as_array(torch.empty(0, dtype=dtype)).dtype
 
 
 def decoder_config(

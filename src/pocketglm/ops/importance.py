@@ -94,9 +94,9 @@ def influence(before: Tensor, after: Tensor, mask: Tensor) -> float:
 def kept_size(size: int, ratio: float, multiple: int) -> int:
     """What stays of `size` when `ratio` of it goes: the nearest multiple, at least one.
 
-    ratio 0 keeps all, also where `size` is no multiple.
+    All stays where `ratio` is 0, though `size` be no multiple, and where there is no full multiple.
     """
-    if ratio == 0:
+    if ratio == 0 or size < multiple:
         return size
     steps = int(size * (1 - ratio) / multiple + 0.5)
     return max(min(steps, size // multiple), 1) * multiple
