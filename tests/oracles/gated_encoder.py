@@ -56,7 +56,8 @@ def logits(
         mean = x.sum(-1, keepdims=True) / count
         variance = (((x - mean) * keep) ** 2).sum(-1, keepdims=True) / count
         y = (x - mean) / np.sqrt(variance + epsilon) * w[f"{name}.weight"] + w[f"{name}.bias"]
-        return y * keep * gates.norms
+        result: Array = y * keep * gates.norms
+        return result
 
     def linear(x: Array, name: str) -> Array:
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
@@ -80,7 +81,8 @@ def logits(
         inner = 0.5 * inner * (1 + _ERF(inner / math.sqrt(2))) * gates.ffn[layer]
         x = norm(x + linear(inner, f"{at}ffn.down"), f"{at}ffn_norm")
     pooled = (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
-    return pooled @ w["classifier.weight"].T + w["classifier.bias"]
+    result: Array = pooled @ w["classifier.weight"].T + w["classifier.bias"]
+    return result
 
 
 def cross_entropy(z: Array, labels: npt.NDArray[np.int64]) -> float:
@@ -99,7 +101,7 @@ def slope(loss: Callable[[Gates], float], gates: Gates, kind: str, layer: int, u
             return replace(gates, norms=values)
         rows = [row.copy() for row in getattr(gates, kind)]
         rows[layer][unit] += by
-        return replace(gates, **{kind: rows})
+        return replace(gates, heads=rows) if kind == "heads" else replace(gates, ffn=rows)
 
     step = 1e-5
     return (loss(moved(step)) - loss(moved(-step))) / (2 * step)

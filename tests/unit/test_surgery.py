@@ -44,6 +44,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     return load_encoder(Checkpoint.open(folder)).double()
 
 
+def blocks(model: Any) -> list[Any]:
+    return list(model.blocks)
+
+
 def weights(model: Encoder) -> dict[str, Any]:
     return {name: value.double().numpy() for name, value in model.state_dict().items()}
 
@@ -112,7 +116,7 @@ def test_nothing_cut_is_the_same_bytes(tmp_path: Path) -> None:
 def test_dead_heads_and_channels_change_nothing(model: Encoder) -> None:
     """Their outgoing weights are 0, so removing them changes at most the order of sums."""
     dead = cut(model, everything(spec()))
-    for layer, block in enumerate(dead.blocks):
+    for layer, block in enumerate(blocks(dead)):
         heads = [h for h in range(4) if h not in HALF.groups[layer]]
         channels = [c for c in range(256) if c not in HALF.ffn[layer]]
         block.attention.output.weight.unflatten(1, (4, 32))[:, heads] = 0
@@ -180,7 +184,7 @@ def test_a_decoder_without_dead_parts_says_the_same(name: str, tmp_path: Path) -
         groups=((0,),) * 2,
         ffn=(tuple(range(0, channels, 3)), tuple(range(2, channels, 3))),
     )
-    for layer, block in enumerate(model.blocks):
+    for layer, block in enumerate(blocks(model)):
         heads = block.attention.output.weight.unflatten(1, (groups, -1, dims))
         heads[:, [g for g in range(groups) if g not in kept.groups[layer]]] = 0
         block.ffn.down.weight[:, [c for c in range(channels) if c not in kept.ffn[layer]]] = 0
@@ -263,7 +267,7 @@ def test_activation_scores_see_real_tokens_only(model: Encoder) -> None:
     ):
         assert torch.allclose(a, b, atol=1e-12)
     x = model.embeddings(IDS)
-    block = model.blocks[0]
+    block = blocks(model)[0]
     attend = MASK.bool()[:, None, None, :]
     y = block.attention_norm(x + block.attention(x, attend))
     inner = torch.nn.functional.gelu(block.ffn.up(y))[MASK.bool()]
@@ -275,17 +279,17 @@ def test_activation_scores_see_real_tokens_only(model: Encoder) -> None:
 @torch.inference_mode()
 def test_influence_of_a_layer_that_does_nothing(model: Encoder) -> None:
     idle = cut(model, everything(spec()))
-    block = idle.blocks[1]
+    first_block, block = blocks(idle)
     for part in (block.attention.output, block.ffn.down):
         part.weight.zero_()
         part.bias.zero_()
     # A norm of what is already normalized changes nothing.
-    for norm in (idle.blocks[0].ffn_norm, block.attention_norm, block.ffn_norm):
+    for norm in (first_block.ffn_norm, block.attention_norm, block.ffn_norm):
         norm.bias.zero_()
     first, second = layer_influence(idle, [BATCH])
     assert second == pytest.approx(0, abs=1e-9)
     x = idle.embeddings(IDS)
-    y = idle.blocks[0](x, MASK.bool()[:, None, None, :])
+    y = first_block(x, MASK.bool()[:, None, None, :])
     a, b = x[MASK.bool()].numpy(), y[MASK.bool()].numpy()
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert first == pytest.approx(1 - cosines.mean())

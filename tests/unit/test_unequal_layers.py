@@ -34,8 +34,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "narrow": {"hidden_size": 96, "head_dim": 32, "layer_heads": (4, 2), "layer_ffn": (224, 160)},
     "ffn": {"layer_ffn": (64, 192)},
 }
-EMBEDS = {"head": "embedding", "num_labels": 0, "pooling": "cls"}
-CLASSIFIES = {"pooling": "cls", "pooler": True}
+EMBEDS: dict[str, Any] = {"head": "embedding", "num_labels": 0, "pooling": "cls"}
+CLASSIFIES: dict[str, Any] = {"pooling": "cls", "pooler": True}
 IDS = torch.tensor([[2, 9, 30, 41, 3], [2, 7, 3, 0, 0]])
 MASK = (IDS > 0).long()
 

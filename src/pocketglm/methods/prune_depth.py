@@ -84,17 +84,16 @@ def _predict(config: DepthConfig, ckpt: Checkpoint, context: StepContext) -> Che
     """Layers that differ may make the result smaller than this: the largest are counted."""
     spec = model_spec_of(ckpt)
     named = config.keep if isinstance(config.keep, list) else None
-    size = {i: spec.block(i).num_heads + spec.block(i).intermediate_size for i in _all(ckpt)}
+    blocks = [spec.block(index) for index in range(spec.num_layers)]
+    size = [4 * b.num_heads * b.head_dim + 2 * b.intermediate_size for b in blocks]
     if config.importance != "cosine" or named is not None:
         layers = _layers(config, spec.num_layers, None)
     else:
-        largest = sorted(size, key=lambda i: -size[i])[: _count(config, spec.num_layers)]
+        largest = sorted(range(len(size)), key=lambda i: -size[i])[
+            : _count(config, spec.num_layers)
+        ]
         layers = tuple(sorted(largest))
     return headers(ckpt, cut_spec(spec, replace(everything(spec), layers=layers)))
-
-
-def _all(ckpt: Checkpoint) -> range:
-    return range(model_spec_of(ckpt).num_layers)
 
 
 def _layers(config: DepthConfig, layers: int, influence: list[float] | None) -> tuple[int, ...]:

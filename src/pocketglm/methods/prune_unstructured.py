@@ -16,10 +16,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pocketglm.artifacts import safetensors
 from pocketglm.artifacts.checkpoint import Checkpoint
@@ -32,6 +32,10 @@ from pocketglm.ops.stored import as_array, as_tensor, check_finite
 _SPARSITY = 0.5
 _CHUNK = 1 << 22  # bytes read at a time
 _GZIP = 6  # gzip's own default level
+
+
+# YAML reads an unquoted 2:4 as minutes and seconds.
+_SECONDS = {124: "2:4", 248: "4:8"}
 
 
 class UnstructuredConfig(Config):
@@ -47,6 +51,11 @@ class UnstructuredConfig(Config):
         "layer", description="the share holds in every weight matrix, or in all together"
     )
     skip: list[str] = Field([], description="patterns (*, ?) of tensor names that stay whole")
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _unquoted(cls, value: Any) -> Any:
+        return _SECONDS.get(value, value) if isinstance(value, int) else value
 
 
 def _chosen(config: UnstructuredConfig, ckpt: Checkpoint) -> list[str]:

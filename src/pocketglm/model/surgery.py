@@ -10,9 +10,9 @@ A head is cut with its key/value group: in an encoder a group is one head.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from pocketglm.model.layers import bare_modules
 from pocketglm.model.spec import DecoderSpec, EncoderSpec
 
 Spec = EncoderSpec | DecoderSpec
-AnyModel = TypeVar("AnyModel", Encoder, Decoder)
+AnyModel = TypeVar("AnyModel", bound=Encoder | Decoder)
 Axis = Literal["", "hidden", "heads", "groups", "ffn", "gate_up"]
 
 # Module -> what its weight's dimensions run over; "" is never cut. Norms are not listed.
@@ -91,7 +91,7 @@ def cut_spec(spec: Spec, kept: Kept) -> Spec:
     _check(spec, kept)
     groups = tuple(len(kept.groups[layer]) for layer in kept.layers)
     ffn = tuple(len(kept.ffn[layer]) for layer in kept.layers)
-    sizes = {"num_layers": len(kept.layers), "hidden_size": len(kept.hidden)}
+    sizes: dict[str, Any] = {"num_layers": len(kept.layers), "hidden_size": len(kept.hidden)}
     if isinstance(spec, EncoderSpec):
         # The head size stands: it must not be derived anew from the smaller widths.
         return replace(spec, **sizes, layer_heads=groups, layer_ffn=ffn)
@@ -190,7 +190,8 @@ def cut(model: AnyModel, kept: Kept) -> AnyModel:
         for name, value in model.state_dict().items()
         if (new := new_name(name, kept)) is not None
     }
+    make = cast(Callable[[Any], AnyModel], type(model))
     with bare_modules():
-        result = type(model)(spec)  # type: ignore[arg-type]
+        result = make(spec)
     result.load_state_dict(state, assign=True)
     return result.eval()

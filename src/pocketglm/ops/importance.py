@@ -13,7 +13,7 @@ https://arxiv.org/abs/2403.03853. N:M masks: Mishra et al. 2021, https://arxiv.o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -175,7 +175,7 @@ def _patterns(values: Tensor) -> npt.NDArray[np.uint32]:
     return bits
 
 
-def _histogram(halves: Iterable[npt.NDArray[np.uint32]]) -> npt.NDArray[np.int64]:
+def _histogram(halves: Iterable[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
     total = np.zeros(1 << _HALF, np.int64)
     for values in halves:
         total += np.bincount(values, minlength=1 << _HALF)
@@ -196,7 +196,7 @@ def n_m_mask(weight: Tensor, n: int, m: int) -> Tensor:
 
     columns should be a multiple of m. Of equal magnitudes the first stay.
     """
-    groups = weight.float().abs().unflatten(1, (-1, m))
+    groups = weight.float().abs().reshape(len(weight), -1, m)
     order = torch.argsort(groups, dim=-1, descending=True, stable=True)
     gone = torch.zeros_like(groups, dtype=torch.bool)
     gone.scatter_(-1, order[..., n:], True)
