@@ -50,6 +50,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("prune") / "tiny", num_layers=4)
 
 
+def blocks(model: Any) -> list[Any]:
+    return list(model.blocks)
+
+
 def prune(
     source: Path, out: Path, method: str, data: DataOptions | None = None, **settings: Any
 ) -> CompressResult:
@@ -98,13 +102,13 @@ def test_width_removes_what_is_dead(importance: str, data: DataOptions, tmp_path
     """Dead heads and channels go first, by every measure, and nothing changes."""
 
     def kill(model: Encoder) -> None:
-        for block in list(model.blocks):
-            attention, ffn = block.attention, block.ffn  # type: ignore[union-attr]
-            for part in (attention.query, attention.key, attention.value):  # type: ignore[union-attr]
-                part.weight[32:96], part.bias[32:96] = 0, 0  # type: ignore[union-attr,index,operator]
-            attention.output.weight[:, 32:96] = 0  # type: ignore[union-attr,index,operator]
-            ffn.up.weight[::2], ffn.up.bias[::2] = 0, 0  # type: ignore[union-attr,index,operator]
-            ffn.down.weight[:, ::2] = 0  # type: ignore[union-attr,index,operator]
+        for block in blocks(model):
+            attention, ffn = block.attention, block.ffn
+            for part in (attention.query, attention.key, attention.value):
+                part.weight[32:96], part.bias[32:96] = 0, 0
+            attention.output.weight[:, 32:96] = 0
+            ffn.up.weight[::2], ffn.up.bias[::2] = 0, 0
+            ffn.down.weight[:, ::2] = 0
 
     source = save_tiny(tmp_path / "a", change=kill)
     settings = {"heads": 0.5, "ffn": 0.5, "importance": importance}
@@ -119,7 +123,7 @@ def test_global_gives_more_to_layers_that_need_it(data: DataOptions, tmp_path: P
     """A layer whose FFN does nothing keeps a quarter of an equal share."""
 
     def quiet(model: Encoder) -> None:
-        model.blocks[0].ffn.down.weight[:] *= 1e-6  # type: ignore[union-attr,index,operator]
+        blocks(model)[0].ffn.down.weight[:] *= 1e-6
 
     source = save_tiny(tmp_path / "a", change=quiet)
     prune(source, tmp_path / "b", "prune_width", data, ffn=0.5, per_layer="global")
@@ -204,7 +208,7 @@ def test_depth_by_influence(data: DataOptions, tmp_path: Path) -> None:
             if isinstance(norm, torch.nn.LayerNorm):
                 norm.bias.zero_()
         for index in (1, 2):
-            block: Any = model.blocks[index]
+            block = blocks(model)[index]
             block.attention.output.weight *= 0.01
             block.attention.output.bias *= 0.01
             block.ffn.down.weight *= 0.01
@@ -256,10 +260,10 @@ def test_sparsity_in_every_matrix(sparsity: float, tiny: Path, tmp_path: Path) -
 
 def test_sparsity_over_all_matrices(tmp_path: Path) -> None:
     def quiet(model: Encoder) -> None:
-        model.blocks[0].ffn.down.weight[:] *= 0.01  # type: ignore[union-attr,index,operator]
+        blocks(model)[0].ffn.down.weight[:] *= 0.01
 
     source = save_tiny(tmp_path / "a", change=quiet)
-    settings = {"sparsity": 0.5, "scope": "global", "skip": ["*.query.*"]}
+    settings: dict[str, Any] = {"sparsity": 0.5, "scope": "global", "skip": ["*.query.*"]}
     measured = effect(prune(source, tmp_path / "b", "prune_unstructured", **settings))
     assert measured["zeros"] == pytest.approx(0.5, abs=1e-5)
     found = zeros(tmp_path / "b")
@@ -362,7 +366,7 @@ def test_settings_out_of_range(method: str, settings: dict[str, Any]) -> None:
     ],
 )
 def test_what_cannot_be_done(method: str, settings: dict[str, Any], words: str, tiny: Path) -> None:
-    more = {"importance": "l2"} if method == "prune_width" else {}
+    more: dict[str, Any] = {"importance": "l2"} if method == "prune_width" else {}
     assert words in refused(tiny, method, **settings, **more)
 
 
@@ -370,7 +374,7 @@ def test_what_cannot_be_done(method: str, settings: dict[str, Any], words: str, 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_integers_are_not_pruned(method: str, bits: Any, tmp_path: Path) -> None:
     source = quantize_weights(save_tiny(tmp_path / "a"), {".query.weight": TensorScheme(bits=bits)})
-    more = {"importance": "l2"} if method == "prune_width" else {}
+    more: dict[str, Any] = {"importance": "l2"} if method == "prune_width" else {}
     words = refused(source, method, **more)
     assert f"it is quantized (INT{bits}): pruning cannot follow quantization" in words
     plan = Plan.from_text(

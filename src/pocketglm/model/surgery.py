@@ -194,4 +194,4 @@ def cut(model: AnyModel, kept: Kept) -> AnyModel:
     with bare_modules():
         result = make(spec)
     result.load_state_dict(state, assign=True)
-    return result.eval()
+    return cast(AnyModel, result.eval())
