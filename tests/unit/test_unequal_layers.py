@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from tiny_encoder import quantize_weights, save_tiny, spec
+from tiny_export import save_wide
 
 import pocketglm.model.auto
 from pocketglm.artifacts.checkpoint import Checkpoint
@@ -19,8 +20,17 @@ from pocketglm.cli.inspect import show
 from pocketglm.contracts import ExportOptions, RunOptions
 from pocketglm.errors import CheckpointError
 from pocketglm.model.encoder import init_encoder
-from pocketglm.model.hf import labels_of, load_encoder, save_encoder, spec_of
-from pocketglm.runtimes import open_encoder
+from pocketglm.model.hf import (
+    decoder_spec_of,
+    labels_of,
+    load_decoder,
+    load_encoder,
+    save_decoder,
+    save_encoder,
+    spec_of,
+)
+from pocketglm.model.surgery import cut, everything
+from pocketglm.runtimes import open_decoder, open_encoder
 from pocketglm.stages.compress import compress
 from pocketglm.stages.export import export
 from pocketglm.stages.inspect import inspect_path
@@ -252,3 +262,71 @@ def test_int4_in_groups_export(tmp_path: Path) -> None:
     scheme = TensorScheme(bits=4, group_size=32)
     quantize_weights(folder, {"dense.weight": scheme, "query.weight": scheme})
     assert torch.allclose(exported(folder, tmp_path / "b"), logits(folder), atol=1e-4)
+
+
+# --- decoders: only their FFNs may differ --------------------------------------------------------
+
+
+def unequal_decoder(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
+    """A tiny decoder whose second layer has lost two thirds of its channels."""
+    source = Checkpoint.open(save_wide(folder.with_name("source"), name))
+    model = load_decoder(source)
+    whole = everything(model.spec)
+    small = cut(model, replace(whole, ffn=(whole.ffn[0], tuple(range(0, 96, 3)))))
+    save_decoder(small, folder, source=source, manifest=source.manifest, dtype=dtype)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["glm-wide", "glm-half-bias", "llama", "qwen3"])
+@torch.inference_mode()
+def test_decoder(name: str, tmp_path: Path) -> None:
+    """Fused and gated FFNs: stored, loaded, opened, quantized, exported with parity, and run."""
+    folder = unequal_decoder(tmp_path / "a", name)
+    ckpt = Checkpoint.open(folder)
+    spec = decoder_spec_of(ckpt)
+    assert (spec.layer_ffn, spec.intermediate_size) == ((96, 32), 96)
+    assert (ckpt.config["model_type"], ckpt.config["family"]) == ("pocketglm", spec.family)
+    assert ckpt.config["layer_intermediate_size"] == [96, 32]
+    wanted = load_decoder(ckpt)(IDS, MASK)
+    assert torch.equal(opened("AutoModelForCausalLM", folder)(IDS, MASK).logits, wanted)
+    assert inspect_path(folder).layer_ffn == [96, 32]
+    save_decoder(load_decoder(ckpt), tmp_path / "b", source=ckpt, manifest=ckpt.manifest)
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "b" / file).read_bytes() == (folder / file).read_bytes()
+    plan = Plan.single("quantize_rtn", {"bits": 8, "group_size": 32, "activation": "none"})
+    compress(folder, plan, tmp_path / "c")
+    for number, source in enumerate((folder, tmp_path / "c")):
+        (done,) = export(source, ["onnx"], tmp_path / f"onnx{number}").targets
+        assert done.ok, done.error
+        session = open_decoder(tmp_path / f"onnx{number}" / "onnx", RunOptions())
+        found = session.prefill(IDS[0].tolist())
+        session.close()
+        last = load_decoder(Checkpoint.open(source))(IDS[:1])[0, -1]
+        assert torch.allclose(torch.from_numpy(found), last, atol=1e-3)
+
+
+def test_a_decoder_of_equal_layers_is_upstreams_again(tmp_path: Path) -> None:
+    ckpt = Checkpoint.open(unequal_decoder(tmp_path / "a", "llama"))
+    model = load_decoder(ckpt)
+    whole = everything(model.spec)
+    small = cut(model, replace(whole, ffn=(whole.ffn[1], whole.ffn[1])))
+    save_decoder(small, tmp_path / "b", source=ckpt, manifest=ckpt.manifest)
+    config = Checkpoint.open(tmp_path / "b").config
+    assert (config["model_type"], config["intermediate_size"]) == ("llama", 32)
+    assert not {"family", "layer_intermediate_size"} & set(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"layer_intermediate_size": [96]}, r"'layer_intermediate_size' should be a list of 2"),
+        ({"layer_num_attention_heads": [4, 2]}, "not supported in a decoder: its cache"),
+        ({"layer_intermediate_size": None}, r"has shape \[32, 64\].*asks for \[96, 64\]"),
+    ],
+)
+def test_a_decoders_config_that_disagrees(
+    tmp_path: Path, fields: dict[str, Any], words: str
+) -> None:
+    folder = edit(unequal_decoder(tmp_path / "a", "llama"), **fields)
+    with pytest.raises(CheckpointError, match=words):
+        load_decoder(Checkpoint.open(folder))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pocketglm.model.decoder import Decoder
 from pocketglm.model.encoder import Encoder
-from pocketglm.model.surgery import axes, layer_ffn, layer_groups, layer_of
+from pocketglm.model.surgery import axes, layer_groups, layer_of
 from pocketglm.ops.importance import MeanMagnitude, Part, influence, magnitudes, taylor
 
 Model = Encoder | Decoder
@@ -57,7 +57,7 @@ def weight_scores(model: Model, power: int) -> UnitScores:
                 ffn[layer].append(Part(value.detach(), dim, 2 if axis == "gate_up" else 1))
     return UnitScores(
         [magnitudes(p, n, power) for p, n in zip(groups, layer_groups(spec), strict=True)],
-        [magnitudes(p, n, power) for p, n in zip(ffn, layer_ffn(spec), strict=True)],
+        [magnitudes(p, n, power) for p, n in zip(ffn, spec.ffn(), strict=True)],
         magnitudes(hidden, spec.hidden_size, power, alike=True),
     )
 
@@ -84,7 +84,7 @@ def taylor_scores(model: Model, batches: Iterable[Batch]) -> UnitScores:
                 ],
                 [
                     taylor([_with_gradient(b.ffn.down.weight, 1)], n)
-                    for b, n in zip(blocks, layer_ffn(spec), strict=True)
+                    for b, n in zip(blocks, spec.ffn(), strict=True)
                 ],
                 taylor(
                     [_with_gradient(p, 0) for norm in _norms(model) for p in norm.parameters()],
@@ -117,7 +117,7 @@ def activation_scores(model: Model, batches: Iterable[Batch]) -> UnitScores:
     _watch(model, batches, read)
     spec, count = model.spec, len(blocks)
     groups = zip(inputs[:count], layer_groups(spec), strict=True)
-    ffn = zip(inputs[count:], layer_ffn(spec), strict=True)
+    ffn = zip(inputs[count:], spec.ffn(), strict=True)
     hidden = [means[norm].scores(spec.hidden_size) for norm in norms]
     return UnitScores(
         [means[module].scores(n) for module, n in groups],

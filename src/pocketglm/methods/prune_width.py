@@ -40,7 +40,7 @@ from pocketglm.methods._scores import (
 )
 from pocketglm.model.hf import is_decoder, model_spec_of
 from pocketglm.model.spec import DecoderSpec, EncoderSpec
-from pocketglm.model.surgery import Kept, cut, cut_spec, everything, layer_ffn, layer_groups
+from pocketglm.model.surgery import Kept, cut, cut_spec, everything, layer_groups
 from pocketglm.ops.importance import allocate, best, kept_size, shared_scale
 
 _FLOOR = 0.25  # of what an equal share would be: what a layer keeps at least
@@ -58,7 +58,7 @@ class WidthConfig(Config):
     per_layer: Literal["uniform", "global"] = Field(
         "uniform",
         description="every layer loses the same share, or the weakest go wherever they are and a "
-        "layer keeps at least a quarter of an equal share (encoders only)",
+        "layer keeps at least a quarter of an equal share (of a decoder: FFN channels only)",
     )
     rows: int = Field(512, ge=1, description="training rows to measure with")
 
@@ -91,7 +91,7 @@ def _units(config: WidthConfig, spec: EncoderSpec | DecoderSpec) -> tuple[_Units
     step = MULTIPLE // math.gcd(MULTIPLE, spec.head_dim)
     return (
         _Units("heads", group, layer_groups(spec), config.heads, step),
-        _Units("ffn", "channels", layer_ffn(spec), config.ffn, MULTIPLE),
+        _Units("ffn", "channels", spec.ffn(), config.ffn, MULTIPLE),
         _Units("hidden", "dimensions", [spec.hidden_size], config.hidden, MULTIPLE),
     )
 
@@ -106,8 +106,11 @@ def _check(config: WidthConfig, ckpt: Checkpoint, context: StepContext) -> list[
     reasons += [reason for unit in units if (reason := unit.reason())]
     if config.importance == "taylor":
         reasons += taylor_reason(ckpt, context)
-    if config.per_layer == "global" and is_decoder(ckpt):
-        reasons.append("per_layer: the layers of a decoder stay alike: set per_layer=uniform")
+    if config.per_layer == "global" and config.heads and is_decoder(ckpt):
+        reasons.append(
+            "per_layer: a decoder has the same key/value heads in every layer, as its cache: cut "
+            "them in a step with per_layer=uniform"
+        )
     return reasons
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from pocketglm.errors import CheckpointError, nearest
 from pocketglm.model.spec import EncoderSpec, Role
+from pocketglm.model.unequal import read_sizes
 
 PREFIX = "bert."  # of body tensors in a file that also has a head
 MODEL = "BertModel"
@@ -44,13 +45,6 @@ _COUNTS = (
     "max_position_embeddings",
     "type_vocab_size",
 )
-# Sizes that upstream's BERT cannot have, of `model_type: pocketglm`: our field -> config key
-_OWN = {
-    "head_dim": "head_dim",
-    "layer_heads": "layer_num_attention_heads",
-    "layer_ffn": "layer_intermediate_size",
-}
-OWN_SIZES = tuple(_OWN.values())
 _FRACTIONS = ("layer_norm_eps", "dropout", "attention_dropout")
 _NAMES = {
     "embeddings.tokens": "embeddings.word_embeddings",
@@ -138,43 +132,11 @@ def spec_of(
             f"{file}: is_decoder is true; a BERT decoder is not supported", "use an encoder"
         )
     if own:
-        values |= _own_sizes(config, file, values["num_layers"])
+        values |= read_sizes(config, file, values["num_layers"])
     try:
         return EncoderSpec(**values, classifier_dropout=config.get("classifier_dropout"), **head)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}", "compare it with the original's") from error
-
-
-def _own_sizes(config: Mapping[str, Any], file: Path, layers: int) -> dict[str, Any]:
-    """The fields of `_OWN` that the config has, checked."""
-    sizes: dict[str, Any] = {}
-    for ours, key in _OWN.items():
-        value = config.get(key)
-        if value is None:
-            continue
-        listed, wanted = ours != "head_dim", "a positive whole number"
-        if listed:
-            wanted = f"a list of {layers} positive whole numbers, one for each layer"
-        counts = value if listed else [value]
-        if (
-            not isinstance(counts, list)
-            or (listed and len(counts) != layers)
-            or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in counts)
-        ):
-            raise CheckpointError(
-                f"{file}: '{key}' should be {wanted}, it is {value!r}",
-                "compare it with the config.json that `pocketglm compress` wrote",
-            )
-        sizes[ours] = tuple(counts) if listed else value
-    return sizes
-
-
-def own_sizes(spec: EncoderSpec) -> dict[str, Any]:
-    """The fields that only a `pocketglm` config has; none where upstream can express the spec."""
-    if spec.regular:
-        return {}
-    values = {key: getattr(spec, ours) for ours, key in _OWN.items()}
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v}
 
 
 def config_of(spec: EncoderSpec) -> dict[str, Any]:

@@ -10,7 +10,8 @@ What an encoder's folder means:
   `layer_num_attention_heads`, `layer_intermediate_size`). `model/auto.py` opens it in transformers.
 
 A decoder's folder is a causal language model of one of `DECODERS`; where upstream cannot express
-how its weights are stored, it is `model_type: pocketglm` with the `family`.
+how its weights are stored, or its layers' FFNs differ, it is `model_type: pocketglm` with the
+`family`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import functools
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -28,6 +30,7 @@ from pocketglm.errors import CheckpointError, nearest
 from pocketglm.model import bert, causal, glm, llama, qwen
 from pocketglm.model.sentence import read_max_length, read_pooling
 from pocketglm.model.spec import DecoderSpec, EncoderSpec, Head, Pooling, Role
+from pocketglm.model.unequal import read_decoder_sizes
 
 POCKETGLM = "pocketglm"
 POCKETGLM_CLASSIFIER = "PocketGLMForSequenceClassification"
@@ -97,7 +100,9 @@ def decoder_spec_of(ckpt: Checkpoint) -> DecoderSpec:
     fields = causal.Fields(ckpt.config, ckpt.path / "config.json", module.DEFAULTS)
     stored_head = causal.HEAD in ckpt.tensors or f"{causal.HEAD}_packed" in ckpt.tensors
     spec: DecoderSpec = module.spec_of(fields, family, stored_head)
-    return spec
+    if ckpt.config["model_type"] != POCKETGLM:
+        return spec
+    return replace(spec, **read_decoder_sizes(ckpt.config, fields.file, spec.num_layers))
 
 
 def model_spec_of(ckpt: Checkpoint) -> EncoderSpec | DecoderSpec:

@@ -42,6 +42,7 @@ from pocketglm.model.families import (
 from pocketglm.model.layers import bare_modules
 from pocketglm.model.sentence import write_sentence_files
 from pocketglm.model.spec import DecoderSpec, EncoderSpec
+from pocketglm.model.unequal import KEYS, LAYER_KEYS, own_sizes
 from pocketglm.ops.stored import as_array, read_weight, stored_layout
 from pocketglm.text.tokenizer import TOKENIZER_FILES
 
@@ -317,7 +318,7 @@ def decoder_config(
 ) -> dict[str, Any]:
     """config.json of a float decoder; fields that a spec does not know are the source's."""
     replaced = {"quantization_config", "_name_or_path", "torch_dtype", "auto_map"}
-    replaced |= {"family", "rope_scaling"}
+    replaced |= {"family", "rope_scaling", *LAYER_KEYS}
     old = source.config if source else {}
     module = DECODERS[spec.family]
     config = {key: value for key, value in old.items() if key not in replaced} | {
@@ -326,6 +327,8 @@ def decoder_config(
         "dtype": str(dtype).removeprefix("torch."),
         **module.config_of(spec),
     }
+    if not spec.regular:
+        config |= pocketglm_fields(spec)
     return dict(sorted(config.items()))
 
 
@@ -337,7 +340,7 @@ def _saved_name(name: str, prefix: str) -> str:
 def _config(old: Mapping[str, Any], spec: EncoderSpec, labels: list[str]) -> dict[str, Any]:
     """`old` with this spec's fields; saving the result again changes nothing."""
     replaced = {"quantization_config", "_name_or_path", "torch_dtype", "auto_map", "pooling"}
-    replaced |= {"family", *bert.OWN_SIZES}
+    replaced |= {"family", *KEYS}
     config = {key: value for key, value in old.items() if key not in replaced}
     classifies = spec.head == "classification"
     config |= {
@@ -362,13 +365,14 @@ def pocketglm_fields(spec: EncoderSpec | DecoderSpec) -> dict[str, Any]:
             "architectures": [POCKETGLM_DECODER],
             "model_type": POCKETGLM,
             "family": spec.family,
+            **own_sizes(spec),
         }
     architecture = POCKETGLM_CLASSIFIER if spec.head == "classification" else POCKETGLM_MODEL
     return {
         "architectures": [architecture],
         "model_type": POCKETGLM,
         "pooling": spec.pooling,
-        **bert.own_sizes(spec),
+        **own_sizes(spec),
     }
 
 

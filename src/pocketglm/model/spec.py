@@ -70,6 +70,20 @@ class BlockSpec:
     rope: RopeSpec | None = None
 
 
+def _settle(spec: EncoderSpec | DecoderSpec, name: str, common: str) -> None:
+    """One form for each meaning: sizes of layers that are alike become the common size."""
+    sizes: tuple[int, ...] = getattr(spec, name)
+    if not sizes:
+        return
+    if len(sizes) != spec.num_layers or min(sizes) < 1:
+        raise ValueError(
+            f"{name} {list(sizes)}: should be a positive number for each of the "
+            f"{spec.num_layers} layers"
+        )
+    object.__setattr__(spec, common, max(sizes))
+    object.__setattr__(spec, name, tuple(sizes) if len(set(sizes)) > 1 else ())
+
+
 @dataclass(frozen=True, slots=True)
 class EncoderSpec:
     """A bidirectional encoder with one head.
@@ -112,25 +126,12 @@ class EncoderSpec:
                     f"{self.num_heads}"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
-        self._settle("layer_heads", "num_heads")
-        self._settle("layer_ffn", "intermediate_size")
+        _settle(self, "layer_heads", "num_heads")
+        _settle(self, "layer_ffn", "intermediate_size")
         if (self.head == "classification") != (self.num_labels > 0):
             raise ValueError(f"a {self.head} head cannot have {self.num_labels} labels")
         if self.head == "classification" and self.pooler != (self.pooling == "cls"):
             raise ValueError("a classifier has a pooler exactly if its pooling is 'cls'")
-
-    def _settle(self, name: str, common: str) -> None:
-        """One form for each meaning: sizes of layers that are alike become the common size."""
-        sizes: tuple[int, ...] = getattr(self, name)
-        if not sizes:
-            return
-        if len(sizes) != self.num_layers or min(sizes) < 1:
-            raise ValueError(
-                f"{name} {list(sizes)}: should be a positive number for each of the "
-                f"{self.num_layers} layers"
-            )
-        object.__setattr__(self, common, max(sizes))
-        object.__setattr__(self, name, tuple(sizes) if len(set(sizes)) > 1 else ())
 
     @property
     def regular(self) -> bool:
@@ -169,7 +170,8 @@ class DecoderSpec:
     """A causal language model. `family` names its form on disk; the rest says what it computes.
 
     tied: the head is the token embedding. four_norms: attention and FFN are normalized before and
-    after. eos_ids: any of them ends a text.
+    after. eos_ids: any of them ends a text. layer_ffn: as in `EncoderSpec`; heads are the same in
+    every layer, as the cache is.
     """
 
     family: Family
@@ -195,8 +197,10 @@ class DecoderSpec:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    layer_ffn: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        _settle(self, "layer_ffn", "intermediate_size")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} attention heads are not a multiple of "
@@ -212,16 +216,23 @@ class DecoderSpec:
         """Bytes that one token takes in an fp16 cache."""
         return 2 * 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
+    @property
+    def regular(self) -> bool:
+        """Whether all layers are alike, as upstream's are."""
+        return not self.layer_ffn
+
+    def ffn(self) -> tuple[int, ...]:
+        """FFN channels of each layer."""
+        return self.layer_ffn or (self.intermediate_size,) * self.num_layers
+
     def block(self, index: int) -> BlockSpec:
-        """The spec of one of its blocks; today all are alike."""
-        if not 0 <= index < self.num_layers:
-            raise IndexError(f"layer {index} of {self.num_layers}")
+        """The spec of one of its blocks."""
         return BlockSpec(
             hidden_size=self.hidden_size,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            intermediate_size=self.intermediate_size,
+            intermediate_size=self.ffn()[index],
             activation=self.activation,
             norm_eps=self.rms_norm_eps,
             attention_bias=self.attention_bias,

@@ -64,19 +64,12 @@ def layer_groups(spec: Spec) -> tuple[int, ...]:
     return (spec.num_kv_heads,) * spec.num_layers
 
 
-def layer_ffn(spec: Spec) -> tuple[int, ...]:
-    """FFN channels of each layer."""
-    if isinstance(spec, EncoderSpec):
-        return spec.ffn()
-    return (spec.intermediate_size,) * spec.num_layers
-
-
 def everything(spec: Spec) -> Kept:
     """All of a model stays."""
     return Kept(
         layers=tuple(range(spec.num_layers)),
         groups=tuple(tuple(range(n)) for n in layer_groups(spec)),
-        ffn=tuple(tuple(range(n)) for n in layer_ffn(spec)),
+        ffn=tuple(tuple(range(n)) for n in spec.ffn()),
         hidden=tuple(range(spec.hidden_size)),
     )
 
@@ -86,7 +79,7 @@ def cut_spec(spec: Spec, kept: Kept) -> Spec:
 
     Raises:
         ValueError: indices that are not in the model or not in order, or nothing stays, or a
-            decoder's layers would differ.
+            decoder's layers would have different heads.
     """
     _check(spec, kept)
     groups = tuple(len(kept.groups[layer]) for layer in kept.layers)
@@ -95,14 +88,14 @@ def cut_spec(spec: Spec, kept: Kept) -> Spec:
     if isinstance(spec, EncoderSpec):
         # The head size stands: it must not be derived anew from the smaller widths.
         return replace(spec, **sizes, layer_heads=groups, layer_ffn=ffn)
-    if len(set(groups)) > 1 or len(set(ffn)) > 1:
-        raise ValueError(f"a decoder's layers stay alike: {groups} groups, {ffn} channels")
+    if len(set(groups)) > 1:
+        raise ValueError(f"a decoder's layers keep the same number of groups, not {groups}")
     return replace(
         spec,
         **sizes,
         num_heads=spec.num_heads // spec.num_kv_heads * groups[0],
         num_kv_heads=groups[0],
-        intermediate_size=ffn[0],
+        layer_ffn=ffn,
     )
 
 
@@ -163,7 +156,7 @@ def indices(name: str, spec: Spec, kept: Kept) -> Iterator[tuple[int, list[int]]
             whole = layer_groups(spec)[layer] * width
             stay = [n for group in groups for n in range(group * width, (group + 1) * width)]
         elif axis in ("ffn", "gate_up") and layer is not None:
-            channels = layer_ffn(spec)[layer]
+            channels = spec.ffn()[layer]
             copies = 2 if axis == "gate_up" else 1
             whole = channels * copies
             stay = [n + channels * copy for copy in range(copies) for n in ffn]

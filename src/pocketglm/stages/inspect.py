@@ -92,16 +92,18 @@ def _notes(ckpt: Checkpoint) -> list[str]:
 def _own_fields(ckpt: Checkpoint) -> dict[str, Any]:
     """What only encoders have, or only decoders."""
     spec = model_spec_of(ckpt)
+    layers = {"layer_ffn": list(spec.layer_ffn)}
     if isinstance(spec, EncoderSpec):
-        layers = {"layer_heads": list(spec.layer_heads), "layer_ffn": list(spec.layer_ffn)}
-        size = {} if spec.regular else {"head_dim": spec.head_dim}
-        return {"pooling": spec.pooling, "head": spec.head, **size, **layers}
+        own: dict[str, Any] = {"layer_heads": list(spec.layer_heads), **layers}
+        own |= {} if spec.regular else {"head_dim": spec.head_dim}
+        return {"pooling": spec.pooling, "head": spec.head, **own}
     return {
         "head": "tied lm" if spec.tied else "lm",
         "kv_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
         "kv_bytes_per_token": spec.kv_bytes_per_token,
         "eos_ids": list(eos_ids_of(ckpt)),
+        **layers,
     }
 
 

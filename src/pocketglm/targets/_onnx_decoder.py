@@ -140,7 +140,7 @@ class DecoderGraph:
             outs=("", "", f"attended.{index}"),
             epsilon=epsilon,
         )
-        y = self._ffn(normed, at)
+        y = self._ffn(normed, index)
         y = self._norm(y, at + "ffn_post_norm") if four else y
         return g.op("Add", x, y, out=f"block.{index}")
 
@@ -181,8 +181,9 @@ class DecoderGraph:
         heads = g.op("Reshape", x, g.ints(0, 0, -1, self.spec.head_dim))
         return g.op("Reshape", self._norm(heads, layer), g.ints(0, 0, -1))
 
-    def _ffn(self, x: str, at: str) -> str:
-        g, bias, width = self.g, self.spec.ffn_bias, self.spec.intermediate_size
+    def _ffn(self, x: str, index: int) -> str:
+        g, bias, at = self.g, self.spec.ffn_bias, f"blocks.{index}."
+        width = self.spec.ffn()[index]
         parts = [at + "ffn.gate_up"] if self.spec.fused_ffn else [at + "ffn.gate", at + "ffn.up"]
         if self._alike(*parts):
             packed = self._linear(x, *parts, bias=bias)

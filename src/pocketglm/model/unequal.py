@@ -1,0 +1,71 @@
+"""What upstream's config cannot have: sizes of pruned layers, of `model_type: pocketglm`.
+
+head_dim                    features of a head, where heads do not fill the hidden size
+layer_num_attention_heads   heads of each layer (encoders)
+layer_intermediate_size     FFN channels of each layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pocketglm.errors import CheckpointError
+from pocketglm.model.spec import DecoderSpec, EncoderSpec
+
+# our field -> config key
+_LISTS = {"layer_heads": "layer_num_attention_heads", "layer_ffn": "layer_intermediate_size"}
+_HEAD_DIM = "head_dim"
+KEYS = (_HEAD_DIM, *_LISTS.values())
+LAYER_KEYS = tuple(_LISTS.values())
+_HINT = "compare it with the config.json that `pocketglm compress` wrote"
+
+
+def read_sizes(config: Mapping[str, Any], file: Path, layers: int) -> dict[str, Any]:
+    """The fields of a spec that a config has; `layers` of them in each list.
+
+    Raises:
+        CheckpointError: a value is no positive whole number, or a list of another length.
+    """
+    sizes: dict[str, Any] = {}
+    for ours, key in ({_HEAD_DIM: _HEAD_DIM} | _LISTS).items():
+        value = config.get(key)
+        if value is None:
+            continue
+        listed, wanted = ours in _LISTS, "a positive whole number"
+        if listed:
+            wanted = f"a list of {layers} positive whole numbers, one for each layer"
+        counts = value if listed else [value]
+        if (
+            not isinstance(counts, list)
+            or (listed and len(counts) != layers)
+            or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in counts)
+        ):
+            raise CheckpointError(f"{file}: '{key}' should be {wanted}, it is {value!r}", _HINT)
+        sizes[ours] = tuple(counts) if listed else value
+    return sizes
+
+
+def read_decoder_sizes(config: Mapping[str, Any], file: Path, layers: int) -> dict[str, Any]:
+    """As `read_sizes`, of a decoder: its layers' FFNs may differ, their heads may not.
+
+    Raises:
+        CheckpointError: as `read_sizes`, or there are heads by layer.
+    """
+    sizes = read_sizes(config, file, layers)
+    if "layer_heads" in sizes:
+        raise CheckpointError(
+            f"{file}: '{_LISTS['layer_heads']}' is not supported in a decoder: its cache has the "
+            "same heads in every layer",
+            f"known for decoders: {_LISTS['layer_ffn']}",
+        )
+    return {ours: value for ours, value in sizes.items() if ours in _LISTS}
+
+
+def own_sizes(spec: EncoderSpec | DecoderSpec) -> dict[str, Any]:
+    """The config fields of a spec; none where upstream can express it."""
+    if spec.regular:
+        return {}
+    lists = {key: list(getattr(spec, ours, ())) for ours, key in _LISTS.items()}
+    return {_HEAD_DIM: spec.head_dim} | {key: sizes for key, sizes in lists.items() if sizes}
