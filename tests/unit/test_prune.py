@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,9 @@ from tiny_export import save_wide
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.schemas import CompressResult
 from pocketglm.artifacts.scheme import TensorScheme
-from pocketglm.contracts import DataOptions, RunOptions
-from pocketglm.errors import CheckpointError, PocketError, UnsupportedError
+from pocketglm.contracts import DataOptions, RunOptions, Silent, StepContext
+from pocketglm.errors import CheckpointError, DataError, PocketError, UnsupportedError
+from pocketglm.methods import _prune
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import load_decoder, load_encoder, model_spec_of, spec_of
 from pocketglm.ops.stored import as_tensor
@@ -430,3 +433,30 @@ def test_overflow_names_the_layer(data: DataOptions, tmp_path: Path) -> None:
         plan = Plan.single("prune_width", {"importance": importance})
         with pytest.raises(CheckpointError, match=r"(layer|hidden).* NaN or infinite"):
             compress(source, plan, tmp_path / "out", data=data)
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def rows_of(texts: list[str]) -> Any:
+    train = [SimpleNamespace(text=text) for text in texts]
+    return SimpleNamespace(train=train, validation=train, contents=texts)
+
+
+def test_calibration_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn without repetition, by length; as many at a time as their logits have room for."""
+    ckpt = Checkpoint.open(save_wide(tmp_path / "a", "llama"))
+    model = load_decoder(ckpt)
+    texts = ["a" * n for n in (1, 2, 3, 5, 8, 9, 12)]
+    context = StepContext(ckpt, 0, Silent(), tmp_path, "lm", None, rows_of(texts))
+    monkeypatch.setattr(_prune, "_LOGITS", 3 * 96 * 12)
+    batches = _prune.calibration(ckpt, context, 7, model)
+    lengths = [batch.mask.sum(1).tolist() for batch in batches]
+    assert lengths == [[2, 3, 5], [8, 9, 12]]  # one token alone has nothing after it
+    assert all(batch.ids.shape == batch.mask.shape for batch in batches)
+    few = _prune.calibration(ckpt, context, 3, model)
+    again = _prune.calibration(ckpt, replace(context, seed=3), 3, model)
+    assert [b.ids.tolist() for b in few] != [b.ids.tolist() for b in again]
+    empty = replace(context, rows=rows_of(["a", "b"]))
+    with pytest.raises(DataError, match="none of 2 training rows has a token"):
+        _prune.calibration(ckpt, empty, 7, model)

@@ -10,8 +10,9 @@ import torch
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.contracts import StepContext
-from pocketglm.errors import CheckpointError
+from pocketglm.errors import CheckpointError, DataError
 from pocketglm.methods._scores import Batch, Model
+from pocketglm.model.decoder import Decoder
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import (
     is_decoder,
@@ -27,10 +28,12 @@ from pocketglm.model.hf import (
 from pocketglm.model.spec import DecoderSpec, EncoderSpec
 from pocketglm.ops.stored import check_finite
 from pocketglm.text.tokenizer import Tokenizer
+from pocketglm.train._rows import pad, tokenize
 
 MULTIPLE = 32  # of widths that are cut: runtimes quantize by groups of 32 and more
 _BATCH = 32  # rows
 _LENGTH = 512  # tokens of a row, at most
+_LOGITS = 1 << 26  # values of a batch: 256 MiB in float32, and their gradients
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -66,23 +69,35 @@ def calibration(ckpt: Checkpoint, context: StepContext, count: int, model: Model
 
     Raises:
         CheckpointError: the tokenizer has ids beyond the vocabulary.
+        DataError: no row has a token (of a decoder: one after another).
     """
     rows = list(context.rows.train) if context.rows else []
     random = np.random.default_rng([context.seed, len(rows)])
     chosen = [rows[i] for i in np.sort(random.permutation(len(rows))[:count])]
-    chosen.sort(key=lambda row: len(row.text))
     tokenizer = Tokenizer.load(ckpt.path)
     tokenizer.check_vocabulary(model.spec.vocab_size, ckpt.path)
     limit = min(max_length_of(ckpt), _LENGTH)
+    tokens = tokenize(tokenizer, [row.text for row in chosen], limit)
+    decodes = isinstance(model, Decoder)
+    order = np.argsort(tokens.lengths, kind="stable")
+    order = order[tokens.lengths[order] > decodes]
+    if not len(order):
+        raise DataError(
+            f"none of {len(chosen)} training rows has a token to measure with",
+            "does --text-column name the right column?",
+        )
     numbers = {label: number for number, label in enumerate(labels_of(ckpt))}
+    labels = [numbers.get(getattr(row, "label", ""), -1) for row in chosen]
+    # Of a decoder every token has as many logits as there are words, and their gradients.
+    values = model.spec.vocab_size * int(tokens.lengths.max()) if decodes else 0
+    size = min(_BATCH, max(1, _LOGITS // values)) if values else _BATCH
     batches = []
-    for start in range(0, len(chosen), _BATCH):
-        part = chosen[start : start + _BATCH]
-        encoded = tokenizer.encode([row.text for row in part], limit)
-        labels = [numbers.get(getattr(row, "label", ""), -1) for row in part]
-        known = torch.tensor(labels) if min(labels) >= 0 else None
-        ids, mask = torch.from_numpy(encoded.ids), torch.from_numpy(encoded.mask)
-        batches.append(Batch(ids, mask, known))
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        batch = pad(tokens.ids, part, tokenizer.pad_id)
+        truth = [labels[i] for i in part]
+        known = torch.tensor(truth) if min(truth) >= 0 else None
+        batches.append(Batch(batch["ids"], batch["mask"], known))
     return batches
 
 

@@ -2,7 +2,9 @@
 
 `cosine` is block influence, 1 - cos(input, output) over real tokens (Men et al. 2024,
 https://arxiv.org/abs/2403.03853); all layers are measured in the model as it comes. Nothing is
-retrained: fine-tune or distill afterwards.
+retrained: fine-tune or distill afterwards. On clinc150 (MiniLM with 95.8 % of 800 validation rows,
+not retrained) 5, 4 and 3 of 6 layers had 94.3, 90.1 and 86.1 % evenly, 91.6, 86.6 and 81.1 % by
+cosine, 81.4, 63.1 and 49.5 % without the last: evenly is the default.
 """
 
 from __future__ import annotations

@@ -4,6 +4,11 @@ One shot: all scores are those of the model as it comes; see ops/importance.py f
 the papers. Nothing is retrained: fine-tune or distill afterwards. Cut sizes are multiples of 32;
 attention's width too, so heads whose features are no divisor of 32 go several at a time.
 
+On clinc150 (MiniLM with 95.8 % of 800 validation rows, cut once, not retrained) half of the FFN
+channels cost 1.6 points by taylor, 2.1 by activation, 3.1 by l2 and 4.9 by l1; half of the heads
+1.3, 1.3, 2.0 and 4.3; a third of the hidden size 9.0 by taylor and 6.6 by activation, and by l1 or
+l2 more than half of all answers.
+
 A removed hidden dimension leaves every norm's mean and variance, even one whose values were all 0:
 cutting the hidden size costs most, and needs the most training afterwards.
 """
