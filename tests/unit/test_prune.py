@@ -244,7 +244,7 @@ def test_sparsity_in_every_matrix(sparsity: float, tiny: Path, tmp_path: Path) -
     assert all(share == pytest.approx(sparsity, abs=1e-4) for share in found.values())
     measured = effect(result)
     assert measured["zeros"] == pytest.approx(sparsity, abs=1e-4)
-    assert measured["bytes_gzip_after"] < 0.95 * measured["bytes_gzip_before"]
+    assert measured["gzip_bytes_after"] < 0.95 * measured["gzip_bytes_before"]
     a, b = Checkpoint.open(tiny), Checkpoint.open(tmp_path / "a")
     lost = total = 0.0
     for name in a.tensors:

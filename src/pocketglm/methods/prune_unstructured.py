@@ -130,8 +130,8 @@ def _run(
     return {
         "zeros": float(f"{zeros / total:.6g}"),
         "weight_error": float(f"{math.sqrt(lost / whole) if whole else 0.0:.6g}"),
-        "bytes_gzip_before": float(_gzip_bytes(weights)),
-        "bytes_gzip_after": float(_gzip_bytes([folder / "model.safetensors"])),
+        "gzip_bytes_before": float(_gzip_bytes(weights)),
+        "gzip_bytes_after": float(_gzip_bytes([folder / "model.safetensors"])),
     }
 
 
