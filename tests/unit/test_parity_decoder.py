@@ -174,9 +174,16 @@ def last_cosine(data: bytearray) -> None:
     data[-4:] = np.float32(0.9).tobytes()
 
 
-def rare_integer(data: bytearray) -> None:
-    """That of a token that is in no sample text, by half of its range."""
-    data[len(data) * 3 // 4] ^= 0x08
+def rare_integer(folder: Path) -> None:
+    """One of a token that is in no sample text."""
+    manifest = read_export(folder)
+    ids, _ = stage._samples(folder, manifest)
+    row = int(np.setdiff1d(np.arange(manifest.vocab_size), ids)[-1])
+
+    def change(data: bytearray) -> None:
+        data[row * len(data) // manifest.vocab_size] ^= 0x08
+
+    edit_file(folder, "model.embed_tokens.weight", change)
 
 
 def attribute(node: onnx.NodeProto, name: str) -> Any:
@@ -229,9 +236,7 @@ DEFECTS = {
         folder, "model.embed_tokens.weight", lambda data: data.__setitem__(slice(None), data[::-1])
     ),
     r"far position|rotary\.0:\d+": lambda folder: edit_file(folder, "cos_cache", last_cosine),
-    r"rare token|rows\.\d+:\d+": lambda folder: edit_file(
-        folder, "model.embed_tokens.weight", rare_integer
-    ),
+    r"rare token|rows\.\d+:\d+": rare_integer,
     "last token|head": lambda folder: edit_nodes(folder, first_logits),
     "norm|head": lambda folder: edit_file(folder, "model.norm.weight", one_norm),
 }
