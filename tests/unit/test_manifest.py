@@ -114,9 +114,7 @@ def test_digests_differ_where_values_do(a: object, b: object) -> None:
     assert (digest_value(a) == digest_value(b)) == equal
 
 
-def test_a_long_file_is_digested_by_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_file_is_digested_by_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest_module, "_PIECE", 10)
     monkeypatch.setattr(manifest_module, "_BUFFER", 4)
     data = bytes(range(25))
