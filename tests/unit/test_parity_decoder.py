@@ -226,7 +226,7 @@ def first_logits(graph: onnx.GraphProto) -> None:
     node.input[1] = "first"
 
 
-DEFECTS = {
+DEFECTS: dict[str, Callable[[Path], None]] = {
     "block.0": lambda folder: edit_file(folder, "model.layers.0.mlp.down_proj.weight", one_integer),
     "block.1": lambda folder: edit_nodes(folder, wrong_rope),
     "attention scale|block.0": lambda folder: edit_nodes(folder, wrong_scale),

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from pocketglm.contracts import ExportOptions, Floats, Ids, Reporter, RunOptions
 from pocketglm.errors import ParityError
 from pocketglm.model.hf import decoder_spec_of, stored_name
 from pocketglm.model.layers import Block, bare_modules, rotation
-from pocketglm.model.spec import BlockSpec, DecoderSpec
+from pocketglm.model.spec import DecoderSpec
 from pocketglm.ops.stored import check_finite, parameter_counts, read_quantized, read_weight
 from pocketglm.runtimes import open_decoder
 from pocketglm.runtimes._cores import usable_cores
@@ -115,18 +116,16 @@ def _is_small(ckpt: Checkpoint, manifest: ExportManifest, options: ExportOptions
 def decoder_buffers(ckpt: Checkpoint) -> int:
     """An upper estimate of the bytes that exporting and comparing a decoder hold at once.
 
-    The largest part in float32 with a chunk that is being dequantized (the head is taken by
-    chunks), and the same part in the file, mapped and as its runtime arranges it.
+    The largest part in the file, mapped and as its runtime arranges it; the checkpoint's side is
+    taken by chunks.
     """
-    reference: Counter[str] = Counter()
     file: Counter[str] = Counter()
     for name, count in parameter_counts(ckpt).items():
         block = re.search(r"layers\.(\d+)\.", name)
         scheme = ckpt.manifest.schemes.get(name)
         part = block[1] if block else name
-        reference[part] += 4 * count if block else 0
         file[part] += int(count * (_FILE_BYTES[scheme.bits] if scheme else 4))
-    return max(reference[part] + 2 * file[part] for part in file) + _SPARE
+    return 2 * max(file.values()) + _SPARE
 
 
 # --- block by block ------------------------------------------------------------------------------
@@ -206,17 +205,29 @@ def _ahead(found: Iterable[tuple[str, Floats]]) -> Iterator[tuple[str, Floats]]:
             yield item
 
 
+class _Streamed(nn.Module):
+    """A linear layer whose weight is read and multiplied a chunk of rows at a time."""
+
+    def __init__(self, reference: _Reference, name: str, layer: nn.Linear) -> None:
+        super().__init__()
+        self.reference, self.name = reference, name
+        self.shape, self.has_bias = tuple(layer.weight.shape), layer.bias is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        y = self.reference.product(x, f"{self.name}.weight", self.shape)
+        return y + self.reference.read(f"{self.name}.bias") if self.has_bias else y
+
+
+@dataclass(frozen=True, slots=True)
 class _Reference:
     """The checkpoint's parts in PyTorch, float32, each read when it is used.
 
-    Blocks alike are read into the same memory: pages that a process gets anew are cleared first,
-    which took as long as the comparison.
+    No more than a chunk of a weight is in memory as float32.
     """
 
-    def __init__(self, ckpt: Checkpoint, spec: DecoderSpec) -> None:
-        self.ckpt, self.spec = ckpt, spec
-        self._made: BlockSpec | None = None  # of `_block`
-        self._block = nn.Module()
+    ckpt: Checkpoint
+    spec: DecoderSpec
 
     def embeddings(self, ids: Tensor) -> Tensor:
         """ids [B, S] -> [B, S, H]."""
@@ -226,7 +237,7 @@ class _Reference:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of the token embedding [rows, H]; `start` is a multiple of 8."""
-        return self._read("tokens.weight", start, stop)
+        return self.read("tokens.weight", start, stop)
 
     def rotary(self, start: int, stop: int) -> Tensor:
         """Cosines and sines of positions `start:stop`: [2, positions, rotary dims / 2]."""
@@ -235,32 +246,33 @@ class _Reference:
 
     def block(self, index: int, x: Tensor) -> Tensor:
         """x [B, S, H] -> [B, S, H], every row by itself from position 0."""
-        if (spec := self.spec.block(index)) != self._made:
-            with bare_modules():
-                self._block = Block(spec).eval()
-            self._block.to_empty(device="cpu")
-            self._made = spec
-        for name, tensor in self._block.state_dict().items():
-            for start, rows in self._chunks(f"blocks.{index}.{name}", tuple(tensor.shape)):
-                tensor[start : start + len(rows)] = rows
+        with bare_modules():
+            block = Block(self.spec.block(index)).eval()
+        at = f"blocks.{index}."
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                block.set_submodule(name, _Streamed(self, at + name, layer))
+        block.load_state_dict({n: self.read(at + n) for n in block.state_dict()}, assign=True)
         turn = rotation(self.spec.rope, torch.arange(x.shape[1])[None], x.dtype)
-        result: Tensor = self._block(x, None, turn)
+        result: Tensor = block(x, None, turn)
         return result
 
     def head(self, x: Tensor) -> Tensor:
         """x [B, H] -> logits [B, V]."""
         norm = nn.RMSNorm(self.spec.hidden_size, self.spec.rms_norm_eps)
-        norm.load_state_dict({"weight": self._read("norm.weight", 0, None)})
-        x, name = norm(x), "tokens.weight" if self.spec.tied else "head.weight"
-        parts = self._chunks(name, (self.spec.vocab_size, self.spec.hidden_size))
-        return torch.cat([F.linear(x, weight) for _, weight in parts], dim=-1)
+        norm.load_state_dict({"weight": self.read("norm.weight")})
+        name = "tokens.weight" if self.spec.tied else "head.weight"
+        return self.product(norm(x), name, (self.spec.vocab_size, self.spec.hidden_size))
 
-    def _chunks(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
-        step = max(_CHUNK // max(math.prod(shape[1:]), 1) // 8 * 8, 8)
-        for start in range(0, shape[0], step):
-            yield start, self._read(name, start, start + step)
+    def product(self, x: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+        """x [..., K] times the transposed weight `name` [N, K] -> [..., N]."""
+        step = max(_CHUNK // shape[1] // 8 * 8, 8)
+        starts = range(0, shape[0], step)
+        parts = [F.linear(x, self.read(name, start, start + step)) for start in starts]
+        return torch.cat(parts, dim=-1)
 
-    def _read(self, name: str, start: int, stop: int | None) -> Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `start:stop` of a parameter, finite values all; `start` is a multiple of 8."""
         stored = stored_name(self.ckpt, name)
         if stored not in self.ckpt.manifest.schemes:
             rows = read_weight(self.ckpt, stored, start, stop)
