@@ -143,6 +143,10 @@ def median(rounds: list[dict[str, Measured]], what: str, key: str) -> float:
     return statistics.median(r[what][key] for r in rounds)
 
 
+def _cpu(rounds: list[dict[str, Measured]], *what: str) -> float:
+    return sum(median(rounds, each, "cpu") for each in what)
+
+
 def report(results: dict[str, list[dict[str, Measured]]]) -> str:
     lines = [
         "# Conversion to INT4 ONNX",
@@ -177,13 +181,16 @@ def report(results: dict[str, list[dict[str, Measured]]]) -> str:
             f"takes {statistics.median(shares):.2f} of",
             f"its wall time (rounds {min(shares):.2f} to {max(shares):.2f}; must be at most 0.50, "
             "goal 0.25).",
+            f"CPU seconds: ours {_cpu(compared, 'compress', 'export'):.1f}, "
+            f"the builder's {_cpu(compared, 'builder'):.1f}.",
         ]
     tools = ["pocketglm", "torch", "onnx", "onnxruntime"]
     if compared:
         tools.append("onnxruntime-genai")
     lines += [
         "",
-        f"{datetime.date.today()}, {os.cpu_count()} cores, {_processor()}, Python "
+        f"{datetime.date.today()}, {os.cpu_count()} cores, {_processor()}, load average "
+        f"{os.getloadavg()[2]:.0f} (other work ran beside it where that is above 2), Python "
         f"{platform.python_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in tools)
         + ".",

@@ -173,6 +173,7 @@ class Lowered:
     minimum: dict[str, str] = field(default_factory=dict)
     parts: dict[str, int] = field(default_factory=dict)  # bytes of the weights by part of the model
     activation: str = "none"  # the form in which the file quantizes the linear layers' inputs
+    digests: dict[str, str] = field(default_factory=dict)  # sha256 of files, taken while writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +183,9 @@ class Target:
     `blocks` runs the written file with activation quantization off, for parity: model file, ids
     and mask [B, S] -> the values that the model's parts end with, one after the other, [B, S, H] or
     [B, C]: `embeddings`, `block.0`, `block.1`, ... and `head` (of a decoder [B, V]: the logits of
-    each row's last token; it may give them in ranges, `head.0:4096`, ...).
+    each row's last token). A decoder's also gives tables of which few ids say little, in ranges of
+    their rows: `rows.0:512` [rows, H] of an embedding that is not the head, and `rotary.0:4096`
+    [2, positions, dims / 2], cosines and sines.
     """
 
     summary: str

@@ -194,16 +194,48 @@ def test_the_same_command_is_already_done(source: Path, tmp_path: Path) -> None:
     assert Checkpoint.open(tmp_path / "out").manifest.schemes[QUERY].bits == 4
 
 
-def test_a_finished_step_is_reused_and_stays_independent(source: Path, tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
+def test_a_finished_step_is_reused_and_outputs_stay_independent(
+    source: Path, tmp_path: Path
+) -> None:
+    names = ("first", "second", "third", "fourth")
+    first, second, third, fourth = (tmp_path / name for name in names)
     assert not run(source, first).steps[0].reused
     kept = files(first)
-    (first / "model.safetensors").write_bytes(b"edited in place")
     again = run(source, second)
     assert again.steps[0].reused
     assert again.steps[0].effect["weights"] == 12
-    assert files(second) == kept
+    (second / "model.safetensors").write_bytes(b"edited in place")
+    assert files(first) == kept
+    assert run(source, third).steps[0].reused
+    assert files(third) == kept
     assert not run(source, tmp_path / "other", search=False).steps[0].reused
+    # The first output's weights are the cache's file: an edit is seen, and reaches no other output.
+    (first / "model.safetensors").write_bytes(b"edited in place")
+    assert not run(source, fourth).steps[0].reused
+    assert files(fourth) == files(third) == kept
+
+
+def test_weights_are_written_once_or_copied(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linked to the first output; copied to the second, and where there are no links."""
+    run(source, tmp_path / "a")
+    run(source, tmp_path / "b")
+    (entry,) = (f for f in _cache.cache_root().iterdir() if (f / _cache.SEAL).exists())
+    cached, a, b = (
+        folder / "model.safetensors" for folder in (entry, *map(tmp_path.joinpath, "ab"))
+    )
+    assert a.samefile(cached)
+    assert not b.samefile(cached)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    shutil.rmtree(tmp_path / "a")
+    run(source, tmp_path / "a")
+    assert not a.samefile(cached)
+    assert a.read_bytes() == b.read_bytes() == cached.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -214,6 +246,7 @@ def test_a_damaged_cache_entry_is_built_again(file: str, source: Path, tmp_path:
     (entry,) = _cache.cache_root().iterdir()
     data = bytearray((entry / file).read_bytes())
     data[len(data) // 2] ^= 1
+    (entry / file).unlink()  # which may be a link
     (entry / file).write_bytes(data)
     assert not run(source, tmp_path / "b").steps[0].reused
     assert files(tmp_path / "a") == files(tmp_path / "b")

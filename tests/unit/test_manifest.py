@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pocketglm import __version__
+from pocketglm.artifacts import manifest as manifest_module
 from pocketglm.artifacts.manifest import (
     MANIFEST,
     Manifest,
@@ -111,6 +112,17 @@ json_values = st.recursive(
 def test_digests_differ_where_values_do(a: object, b: object) -> None:
     equal = json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
     assert (digest_value(a) == digest_value(b)) == equal
+
+
+def test_a_long_file_is_digested_by_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "_PIECE", 10)
+    monkeypatch.setattr(manifest_module, "_BUFFER", 4)
+    data = bytes(range(25))
+    (tmp_path / "long").write_bytes(data)
+    (tmp_path / "empty").write_bytes(b"")
+    pieces = [hashlib.sha256(data[start : start + 10]).hexdigest() for start in (0, 10, 20)]
+    expected = digest_value({"long": pieces, "empty": [hashlib.sha256(b"").hexdigest()]})
+    assert digest_files(tmp_path, [tmp_path / "long", tmp_path / "empty"]) == expected
 
 
 def test_digest_of_files_covers_names_contents_and_follows_links(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from pocketglm.artifacts.export import ExportManifest, Parity, read_export
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import ExportOptions, Silent, Target
 from pocketglm.errors import CheckpointError, MemoryCeilingError, ParityError
-from pocketglm.model.hf import load_decoder
+from pocketglm.model.hf import decoder_spec_of, load_decoder
 from pocketglm.stages import _parity_decoder as stage
 from pocketglm.stages.export import export
 
@@ -65,8 +65,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_family_agrees(name: str, tmp_path: Path) -> None:
-    parity, _ = exported(save_wide(tmp_path / name, name))
-    assert list(parity.blocks) == ["embeddings", "block.0", "block.1", "head"]
+    ckpt = save_wide(tmp_path / name, name)
+    parity, _ = exported(ckpt)
+    tables = ["rotary"] if decoder_spec_of(Checkpoint.open(ckpt)).tied else ["rows", "rotary"]
+    assert list(parity.blocks) == ["embeddings", *tables, "block.0", "block.1", "head"]
     assert parity.scope == "whole"
     assert parity.output_max_abs < 1e-4
     assert parity.agreement == 1
@@ -80,7 +82,7 @@ def test_every_form_agrees(form: str, logits: str, tmp_path: Path) -> None:
     parity, _ = exported(ckpt, options)
     assert parity.scope == "whole"
     assert max(parity.blocks.values()) < 1e-4
-    assert parity.n == 12 + 9 + 12 + 5
+    assert parity.n == sum(count for _, count in stage._TEXTS)
 
 
 def test_a_large_model_is_compared_by_blocks(
@@ -90,8 +92,8 @@ def test_a_large_model_is_compared_by_blocks(
     monkeypatch.setattr(stage, "WHOLE", 1000)
     parity = check(*model)
     assert parity.scope == "blocks"
-    assert parity.n == 4
-    assert list(parity.blocks) == ["embeddings", "block.0", "block.1", "head"]
+    assert parity.n == 2
+    assert list(parity.blocks) == ["embeddings", "rows", "rotary", "block.0", "block.1", "head"]
     assert parity.output_max_abs == parity.blocks["head"] <= parity.tolerance
 
 
@@ -167,6 +169,23 @@ def one_norm(data: bytearray) -> None:
     data[:4] = np.float32(1.5).tobytes()
 
 
+def last_cosine(data: bytearray) -> None:
+    """That of the last position, which no sample text reaches."""
+    data[-4:] = np.float32(0.9).tobytes()
+
+
+def rare_integer(folder: Path) -> None:
+    """One of a token that is in no sample text."""
+    manifest = read_export(folder)
+    ids, _ = stage._samples(folder, manifest)
+    row = int(np.setdiff1d(np.arange(manifest.vocab_size), ids)[-1])
+
+    def change(data: bytearray) -> None:
+        data[row * len(data) // manifest.vocab_size] ^= 0x08
+
+    edit_file(folder, "model.embed_tokens.weight", change)
+
+
 def attribute(node: onnx.NodeProto, name: str) -> Any:
     return next(entry for entry in node.attribute if entry.name == name)
 
@@ -207,7 +226,7 @@ def first_logits(graph: onnx.GraphProto) -> None:
     node.input[1] = "first"
 
 
-DEFECTS = {
+DEFECTS: dict[str, Callable[[Path], None]] = {
     "block.0": lambda folder: edit_file(folder, "model.layers.0.mlp.down_proj.weight", one_integer),
     "block.1": lambda folder: edit_nodes(folder, wrong_rope),
     "attention scale|block.0": lambda folder: edit_nodes(folder, wrong_scale),
@@ -216,6 +235,8 @@ DEFECTS = {
     "embeddings": lambda folder: edit_file(
         folder, "model.embed_tokens.weight", lambda data: data.__setitem__(slice(None), data[::-1])
     ),
+    r"far position|rotary\.0:\d+": lambda folder: edit_file(folder, "cos_cache", last_cosine),
+    r"rare token|rows\.\d+:\d+": rare_integer,
     "last token|head": lambda folder: edit_nodes(folder, first_logits),
     "norm|head": lambda folder: edit_file(folder, "model.norm.weight", one_norm),
 }

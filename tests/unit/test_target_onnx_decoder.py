@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -388,6 +389,7 @@ def test_weights_lie_in_one_file_of_aligned_tensors(tmp_path: Path) -> None:
         end, large = offset + length, large + (length >= 1 << 20)
     assert (end, large) == (data.stat().st_size, 2)
     assert lowered.parts["head"] == 6000 * 64 * 4
+    assert lowered.digests == {data.name: hashlib.sha256(data.read_bytes()).hexdigest()}
 
 
 def test_wrong_chunks_are_refused(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -132,14 +134,21 @@ def read_export(folder: Path) -> ExportManifest:
         ) from error
 
 
-def list_files(folder: Path) -> dict[str, FileEntry]:
-    """sha256 and size of every file below `folder`, except `export.json` and hidden files."""
-    return {
-        file.relative_to(folder).as_posix(): FileEntry(
-            sha256=digest_file(file), bytes=file.stat().st_size
-        )
+def list_files(
+    folder: Path, known: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, FileEntry]:
+    """sha256 and size of every file below `folder`, except `export.json` and hidden files.
+
+    known: the sha256 of some of them.
+    """
+    files = {
+        file.relative_to(folder).as_posix(): file
         for file in sorted(folder.rglob("*"))
         if file.is_file() and not file.name.startswith(".") and file.name != EXPORT
+    }
+    return {
+        name: FileEntry(sha256=known.get(name) or digest_file(file), bytes=file.stat().st_size)
+        for name, file in files.items()
     }
 
 

@@ -15,10 +15,6 @@ import numpy.typing as npt
 import torch
 
 UInt8 = npt.NDArray[np.uint8]
-_BYTE = np.arange(256, dtype=np.int16)
-# Byte -> its two INT4 values, as one 16-bit word.
-_PAIRS = np.stack([_BYTE & 15, _BYTE >> 4], axis=-1).astype(np.int8) - np.int8(8)
-_PAIRS = _PAIRS.view(np.int16).reshape(256)
 
 
 def pack_int32(q: torch.Tensor) -> npt.NDArray[np.int32]:
@@ -29,9 +25,11 @@ def pack_int32(q: torch.Tensor) -> npt.NDArray[np.int32]:
 
 def unpack_int32(packed: npt.NDArray[Any], columns: int) -> torch.Tensor:
     """Inverse of `pack_int32`: int32 [N, words] -> int8 [N, columns]."""
-    pairs = np.ascontiguousarray(packed).astype("<i4", copy=False).view(np.uint8)
-    # By a table, a byte to two values at once.
-    values = _PAIRS[pairs].view(np.int8).reshape(len(packed), -1)
+    words = np.ascontiguousarray(packed).astype("<i4", copy=False).view(np.uint8).astype("<u2")
+    words |= words << 4  # the second value of each byte goes to the word's high byte
+    words &= 0x0F0F
+    values = words.view(np.int8)
+    values -= 8
     return torch.from_numpy(np.ascontiguousarray(values[:, :columns]))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,16 +30,20 @@ from pocketglm.errors import ParityError
 from pocketglm.model.hf import decoder_spec_of, stored_name
 from pocketglm.model.layers import Block, bare_modules, rotation
 from pocketglm.model.spec import DecoderSpec
-from pocketglm.ops.stored import check_finite, parameter_counts, read_weight
+from pocketglm.ops.stored import check_finite, parameter_counts, read_quantized, read_weight
 from pocketglm.runtimes import open_decoder
-from pocketglm.stages._memory import Ceiling, resident
+from pocketglm.runtimes._cores import usable_cores
+from pocketglm.stages._memory import Ceiling, keep_freed_memory, resident
 from pocketglm.stages._parity import FLOAT_TOLERANCE, SAMPLES, judge, worst
 from pocketglm.text.tokenizer import Tokenizer
 
 WHOLE = 200_000_000  # parameters up to which the whole model is compared
-# Texts and how many tokens of each; the cost is that of all tokens in all blocks.
-_TEXTS = ((SAMPLES[3], 12), (SAMPLES[5], 9), (SAMPLES[0], 12), (SAMPLES[13], 5))
-_CHUNK = 1 << 22  # weights that are dequantized at a time
+# Texts and how many tokens of each. The first are all that a model of many blocks gets: every
+# weight takes part in every token.
+_TEXTS = ((SAMPLES[5], 8), (SAMPLES[0], 5), (SAMPLES[3], 12), (SAMPLES[13], 5))
+_FEW = 2
+_TABLES = {"rotary", "rows"}
+_CHUNK = 1 << 20  # weights that are dequantized at a time
 _FILE_BYTES = {4: 0.75, 8: 1.25}  # for a weight with its share of scales and zero points
 _SPARE = 128 << 20  # chunks, activations, the runtime's and the allocator's own
 
@@ -58,10 +62,16 @@ def check_decoder_parity(
         ParityError: a part or the whole differs by more than the form of the file explains.
         CheckpointError: a weight of the checkpoint holds NaN or infinity.
     """
-    ids, mask = _samples(folder, manifest)
-    found = target.blocks(folder / manifest.model_file, ids, mask)
+    keep_freed_memory()
     whole = _is_small(ckpt, manifest, options)
-    blocks, wanted = _compare(ckpt, found, ids, mask, options.max_memory, reporter, whole=whole)
+    ids, mask = _samples(folder, manifest, _TEXTS if whole else _TEXTS[:_FEW])
+    found = target.blocks(folder / manifest.model_file, ids, mask)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(threads, usable_cores() - 1)))  # the file's side has a core
+    try:
+        blocks, wanted = _compare(ckpt, found, ids, mask, options.max_memory, reporter, whole=whole)
+    finally:
+        torch.set_num_threads(threads)
     if not whole:
         std = float(wanted.std())
         return Parity(
@@ -78,13 +88,15 @@ def check_decoder_parity(
     return judge(manifest, wanted, shipped, plain, blocks, classes=True)
 
 
-def _samples(folder: Path, manifest: ExportManifest) -> tuple[Ids, Ids]:
+def _samples(
+    folder: Path, manifest: ExportManifest, texts: Sequence[tuple[str, int]] = _TEXTS
+) -> tuple[Ids, Ids]:
     """ids and mask [B, S]: rows of two tokens at least, padded on the right.
 
     A text that is too short goes on with random tokens, which also reach rare rows.
     """
-    encoded = Tokenizer.load(folder).encode([text for text, _ in _TEXTS], manifest.max_length)
-    lengths = np.array([min(count, manifest.max_length) for _, count in _TEXTS])
+    encoded = Tokenizer.load(folder).encode([text for text, _ in texts], manifest.max_length)
+    lengths = np.array([min(count, manifest.max_length) for _, count in texts])
     shape = (len(lengths), lengths.max())
     ids = np.random.default_rng(0).integers(0, manifest.vocab_size, shape)
     given = min(shape[1], encoded.ids.shape[1])
@@ -104,18 +116,16 @@ def _is_small(ckpt: Checkpoint, manifest: ExportManifest, options: ExportOptions
 def decoder_buffers(ckpt: Checkpoint) -> int:
     """An upper estimate of the bytes that exporting and comparing a decoder hold at once.
 
-    The largest part in float32 with a chunk that is being dequantized (the head is taken by
-    chunks), and the same part in the file, mapped and as its runtime arranges it.
+    The largest part in the file, mapped and as its runtime arranges it; the checkpoint's side is
+    taken by chunks.
     """
-    reference: Counter[str] = Counter()
     file: Counter[str] = Counter()
     for name, count in parameter_counts(ckpt).items():
         block = re.search(r"layers\.(\d+)\.", name)
         scheme = ckpt.manifest.schemes.get(name)
         part = block[1] if block else name
-        reference[part] += 4 * count if block else 0
         file[part] += int(count * (_FILE_BYTES[scheme.bits] if scheme else 4))
-    return max(reference[part] + 2 * file[part] for part in file) + _SPARE
+    return 2 * max(file.values()) + _SPARE
 
 
 # --- block by block ------------------------------------------------------------------------------
@@ -141,33 +151,48 @@ def _compare(
     reference, ceiling = _Reference(ckpt, decoder_spec_of(ckpt)), Ceiling(max_memory, "export")
     total, batch = reference.spec.num_layers + 2, len(ids)
     x = own = logits = torch.empty(0)
-    differences = {}
+    differences: dict[str, float] = {}
     for name, value in _ahead(found):
+        part, _, place = name.partition(".")
+        if part in ("rotary", "rows"):
+            start, stop = map(int, place.split(":"))
+            expected = getattr(reference, part)(start, stop).numpy()
+            differences[part] = max(_difference(name, expected, value), differences.get(part, 0.0))
+            continue
         # Both inputs of a part go through it together: its weights are read once.
-        if name == "embeddings":
+        if part == "embeddings":
             wanted = own = reference.embeddings(torch.from_numpy(ids))
-        elif name == "head":
+        elif part == "head":
             ends = x[rows, last]
             logits = reference.head(torch.cat([ends, own[keep]]) if whole else ends)
             wanted, logits = logits[:batch], logits[batch if whole else 0 :]
         else:
-            index = int(name.removeprefix("block."))
-            both = reference.block(index, torch.cat([x, own]) if whole else x)
+            both = reference.block(int(place), torch.cat([x, own]) if whole else x)
             wanted, own = both[:batch], both[batch:]
         x, expected = torch.from_numpy(value), wanted.numpy()
-        if name != "head":
+        if part != "head":
             expected, value = expected[keep], value[keep]
-        differences[name] = worst(expected, value)
-        limit = FLOAT_TOLERANCE * max(1.0, float(np.abs(expected).max()))
-        if not differences[name] <= limit:
-            raise ParityError(
-                f"'{name}' of the written file differs from the checkpoint by "
-                f"{differences[name]:.3g} (limit {limit:.3g}), activation quantization off",
-                "this is a defect of the export: please report it with this checkpoint's config",
-            )
+        differences[name] = _difference(name, expected, value)
         ceiling.check()
-        reporter.progress("checking parity", len(differences), total, name)
+        reporter.progress("checking parity", len(differences.keys() - _TABLES), total, name)
     return differences, logits.numpy()
+
+
+def _difference(name: str, expected: Floats, found: Floats) -> float:
+    """The greatest absolute difference.
+
+    Raises:
+        ParityError: it is too great, or the shapes differ.
+    """
+    limit = FLOAT_TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    difference = worst(expected, found) if expected.shape == found.shape else math.inf
+    if not difference <= limit:
+        raise ParityError(
+            f"'{name}' of the written file differs from the checkpoint by {difference:.3g} "
+            f"(limit {limit:.3g}), activation quantization off",
+            "this is a defect of the export: please report it with this checkpoint's config",
+        )
+    return difference
 
 
 def _ahead(found: Iterable[tuple[str, Floats]]) -> Iterator[tuple[str, Floats]]:
@@ -180,9 +205,26 @@ def _ahead(found: Iterable[tuple[str, Floats]]) -> Iterator[tuple[str, Floats]]:
             yield item
 
 
+class _Streamed(nn.Module):
+    """A linear layer whose weight is read and multiplied a chunk of rows at a time."""
+
+    def __init__(self, reference: _Reference, name: str, layer: nn.Linear) -> None:
+        super().__init__()
+        self.reference, self.name = reference, name
+        self.shape, self.has_bias = tuple(layer.weight.shape), layer.bias is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        y = self.reference.product(x, f"{self.name}.weight", self.shape)
+        return y + self.reference.read(f"{self.name}.bias") if self.has_bias else y
+
+
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """The checkpoint's parts in PyTorch, float32, each read when it is used."""
+    """The checkpoint's parts in PyTorch, float32, each read when it is used.
+
+    No more than a chunk of a weight is in memory as float32.
+    """
 
     ckpt: Checkpoint
     spec: DecoderSpec
@@ -190,48 +232,55 @@ class _Reference:
     def embeddings(self, ids: Tensor) -> Tensor:
         """ids [B, S] -> [B, S, H]."""
         used, place = np.unique(ids.numpy(), return_inverse=True)
-        rows = [self._read("tokens.weight", int(i) // 8 * 8, int(i) + 1)[-1:] for i in used]
+        rows = [self.rows(int(i) // 8 * 8, int(i) + 1)[-1:] for i in used]
         return torch.cat(rows)[torch.from_numpy(place.reshape(ids.shape))]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the token embedding [rows, H]; `start` is a multiple of 8."""
+        return self.read("tokens.weight", start, stop)
+
+    def rotary(self, start: int, stop: int) -> Tensor:
+        """Cosines and sines of positions `start:stop`: [2, positions, rotary dims / 2]."""
+        turn = rotation(self.spec.rope, torch.arange(start, stop)[None], torch.float32)
+        return torch.stack([turn.cos[0, 0], turn.sin[0, 0]])
 
     def block(self, index: int, x: Tensor) -> Tensor:
         """x [B, S, H] -> [B, S, H], every row by itself from position 0."""
         with bare_modules():
-            block = Block(self.spec.block(index))
-        state = {
-            name: self._whole(f"blocks.{index}.{name}", tuple(tensor.shape))
-            for name, tensor in block.state_dict().items()
-        }
-        block.load_state_dict(state, assign=True)
+            block = Block(self.spec.block(index)).eval()
+        at = f"blocks.{index}."
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                block.set_submodule(name, _Streamed(self, at + name, layer))
+        block.load_state_dict({n: self.read(at + n) for n in block.state_dict()}, assign=True)
         turn = rotation(self.spec.rope, torch.arange(x.shape[1])[None], x.dtype)
-        result: Tensor = block.eval()(x, None, turn)
+        result: Tensor = block(x, None, turn)
         return result
 
     def head(self, x: Tensor) -> Tensor:
         """x [B, H] -> logits [B, V]."""
         norm = nn.RMSNorm(self.spec.hidden_size, self.spec.rms_norm_eps)
-        norm.load_state_dict({"weight": self._read("norm.weight", 0, None)})
-        x, name = norm(x), "tokens.weight" if self.spec.tied else "head.weight"
-        parts = self._chunks(name, (self.spec.vocab_size, self.spec.hidden_size))
-        return torch.cat([F.linear(x, weight) for _, weight in parts], dim=-1)
+        norm.load_state_dict({"weight": self.read("norm.weight")})
+        name = "tokens.weight" if self.spec.tied else "head.weight"
+        return self.product(norm(x), name, (self.spec.vocab_size, self.spec.hidden_size))
 
-    def _whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if math.prod(shape) <= _CHUNK:
-            return self._read(name, 0, None)
-        out = torch.empty(shape)
-        for start, rows in self._chunks(name, shape):
-            out[start : start + len(rows)] = rows
-        return out
+    def product(self, x: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+        """x [..., K] times the transposed weight `name` [N, K] -> [..., N]."""
+        step = max(_CHUNK // shape[1] // 8 * 8, 8)
+        starts = range(0, shape[0], step)
+        parts = [F.linear(x, self.read(name, start, start + step)) for start in starts]
+        return torch.cat(parts, dim=-1)
 
-    def _chunks(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
-        step = max(_CHUNK // max(math.prod(shape[1:]), 1) // 8 * 8, 8)
-        for start in range(0, shape[0], step):
-            yield start, self._read(name, start, start + step)
-
-    def _read(self, name: str, start: int, stop: int | None) -> Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `start:stop` of a parameter, finite values all; `start` is a multiple of 8."""
         stored = stored_name(self.ckpt, name)
-        rows = read_weight(self.ckpt, stored, start, stop)
-        check_finite(self.ckpt, stored, rows, start)
-        return rows
+        if stored not in self.ckpt.manifest.schemes:
+            rows = read_weight(self.ckpt, stored, start, stop)
+            check_finite(self.ckpt, stored, rows, start)
+            return rows
+        found = read_quantized(self.ckpt, stored, start, stop)
+        check_finite(self.ckpt, stored, found.scales, start)
+        return found.dequantized()
 
 
 # --- the whole file ------------------------------------------------------------------------------

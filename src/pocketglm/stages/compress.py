@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -251,9 +252,19 @@ def _require_space(needs: Mapping[Path, int]) -> None:
 
 
 def _copy(ckpt: Checkpoint, folder: Path) -> None:
-    """All files of a checkpoint. Copies, not links: editing OUT must not change the cache."""
+    """All files of a finished step. The weights are linked to one OUT, which writes them once.
+
+    So no two outputs share a file. An OUT that is edited in place damages the cache's entry; its
+    digest shows that at the next use, and it is built again. Other OUTs get copies.
+    """
     for file in ckpt.files:
-        copy_file(file, folder / file.relative_to(ckpt.path))
+        target = folder / file.relative_to(ckpt.path)
+        target.unlink(missing_ok=True)  # of a run that was killed
+        if file.name == WEIGHTS and file.stat().st_nlink == 1:
+            with suppress(OSError):  # another disk, or one without links
+                target.hardlink_to(file)
+                continue
+        copy_file(file, target)
 
 
 def _say_effect(result: StepResult, before: Checkpoint, reporter: Reporter) -> None:

@@ -215,7 +215,7 @@ def _manifest(
         parameters=lowered.parts,
         parameter_count=sum(parameter_counts(ckpt).values()),
         parity=unknown,
-        files={n: entry for n, entry in list_files(folder).items() if n != REQUEST},
+        files=list_files(folder, lowered.digests),
     )
 
 

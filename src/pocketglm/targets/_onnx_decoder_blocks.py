@@ -20,17 +20,33 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from pocketglm.contracts import Floats, Ids
 
 _PAST = "past_key_values."
+_ROWS, _POSITIONS = 512, 4096  # of tables, at a time
 
 
 def decoder_blocks(file: Path, ids: Ids, mask: Ids) -> Iterator[tuple[str, Floats]]:
     """ids, mask [B, S] -> values [B, S, H] of `embeddings` and each `block.I`; `head` [B, V].
 
+    Before the blocks come the tables of which a few ids and positions say little, in ranges:
+    `rows.0:512` [rows, H], where the head does not use them all, and `rotary.0:4096` [2, positions,
+    dims / 2], cosines and sines.
+
     Each block gets its input in two calls, so that the cache is used: all tokens of a row but its
     last, then the last one. Rows have two tokens at least, and padding on the right.
     """
     parts = _Parts(file)
-    (x,) = parts.run("embeddings", {"input_ids": ids})
+    lookup = parts.session(["embeddings"], ["input_ids"])
+    (x,) = lookup.run(None, {"input_ids": ids})
     yield "embeddings", x
+    for some in _ranges(0 if parts.tied else parts.vocabulary, _ROWS):
+        (found,) = lookup.run(None, {"input_ids": np.arange(some.start, some.stop)[None]})
+        yield f"rows.{some.start}:{some.stop}", found[0]
+    del lookup
+    for names in parts.rotary:
+        for some in _ranges(parts.constants[names[0]].dims[0], _POSITIONS):
+            yield (
+                f"rotary.{some.start}:{some.stop}",
+                np.stack([parts.rows(name, some) for name in names]),
+            )
     rows, last = np.arange(len(ids)), mask.sum(axis=1) - 1
     prompt = mask.copy()
     prompt[rows, last] = 0
@@ -45,6 +61,11 @@ def decoder_blocks(file: Path, ids: Ids, mask: Ids) -> Iterator[tuple[str, Float
     yield "head", logits[:, -1]
 
 
+def _ranges(count: int, step: int) -> Iterator[range]:
+    for start in range(0, count, step):
+        yield range(start, min(start + step, count))
+
+
 class _Parts:
     """The graph of one file; its weights stay on the disk."""
 
@@ -56,6 +77,32 @@ class _Parts:
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.past = {i.name: i for i in graph.input if i.name.startswith(_PAST)}
         self.blocks = len(self.past) // 2
+        attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+        self.rotary = sorted({(node.input[7], node.input[8]) for node in attention})
+        tables = [self._table(name) for name in ("embeddings", "logits")]
+        self.tied = tables[0] == tables[1]
+        self.vocabulary = self.constants[tables[0]].dims[0]
+
+    def _table(self, value: str) -> str:
+        """The initializer that the node of `value` reads its weight from."""
+        node = self.makers[value]
+        name = next(i for i in node.input if self._source(i) in self.constants)
+        return self._source(name)
+
+    def _source(self, name: str) -> str:
+        node = self.makers.get(name)
+        return node.input[0] if node is not None and node.op_type == "Reshape" else name
+
+    def rows(self, name: str, some: range) -> Floats:
+        """Rows of a float32 initializer, read from the data file."""
+        tensor = self.constants[name]
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        width = int(np.prod(tensor.dims[1:]))
+        start = int(place["offset"]) + 4 * width * some.start
+        with (self.folder / place["location"]).open("rb") as file:
+            file.seek(start)
+            data = np.frombuffer(file.read(4 * width * len(some)), "<f4")
+        return data.reshape(len(some), *tensor.dims[1:])
 
     def block(
         self, name: str, before: str, x: Floats, prompt: Ids, mask: Ids, last: npt.NDArray[Any]

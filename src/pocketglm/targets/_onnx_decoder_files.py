@@ -72,6 +72,7 @@ def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporte
     with ExternalData(out / f"{MODEL}.data") as data:
         graph = DecoderGraph(spec, Rows(ckpt), data, context, last=options.logits == "last")
         model = graph.build(reporter)
+        digest = data.digest
     onnx.save(model, str(out / MODEL))
     threads = options.threads or usable_cores()
     if options.threads is None:
@@ -103,6 +104,7 @@ def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporte
         },
         parts=part_bytes(graph.g),
         activation=_activation(ckpt),
+        digests={data.file.name: digest},
     )
 
 

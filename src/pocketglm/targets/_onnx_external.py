@@ -1,14 +1,18 @@
 """Writes an ONNX file's external data a chunk at a time: one file, one tensor after the other.
 
 Format: ONNX specification, "External Data" (https://onnx.ai/onnx/repo-docs/ExternalData.html).
-Large tensors begin at a multiple of the page size, so that a runtime can map them.
+Large tensors begin at a multiple of the page size, so that a runtime can map them. Another thread
+takes the file's sha256 meanwhile.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +24,7 @@ from onnx import TensorProto, helper
 _PAGE = 4096
 _LARGE = 1 << 20  # bytes; smaller tensors begin at a multiple of _SMALL
 _SMALL = 64
+_BEHIND = 2  # chunks that the digest may lag, and so are held
 
 
 class ExternalData:
@@ -29,6 +34,16 @@ class ExternalData:
         self.file = file
         self._stream = file.open("wb", buffering=0)
         self._end = 0
+        self._sha256 = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what has been written, as hex."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        return self._sha256.hexdigest()
 
     def __enter__(self) -> ExternalData:
         return self
@@ -39,7 +54,7 @@ class ExternalData:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._stream:
+        with self._stream, self._pool:
             if error is None:
                 os.fsync(self._stream.fileno())
 
@@ -59,7 +74,7 @@ class ExternalData:
         length = math.prod(shape) * wanted.itemsize
         self._pad(_PAGE if length >= _LARGE else _SMALL)
         start = self._end
-        for chunk in chunks:
+        for chunk in chunks:  # each is an array of its own, which nobody changes
             if chunk.dtype != wanted:
                 raise ValueError(f"'{name}' is declared {wanted}, got {chunk.dtype}")
             self._append(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
@@ -80,5 +95,8 @@ class ExternalData:
 
     def _append(self, data: memoryview) -> None:
         self._end += len(data)
+        self._waiting.append(self._pool.submit(self._sha256.update, data))
+        if len(self._waiting) > _BEHIND:
+            self._waiting.popleft().result()
         while data:
             data = data[self._stream.write(data) :]
