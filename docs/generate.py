@@ -59,6 +59,8 @@ def kind(annotation: Any) -> str:
     parts = typing.get_args(annotation)
     if typing.get_origin(annotation) is list:
         return f"list of {kind(parts[0])}"
+    if typing.get_origin(annotation) is dict:
+        return "mapping"
     if typing.get_origin(annotation) is typing.Literal:
         return ", ".join(map(str, parts))
     if parts:

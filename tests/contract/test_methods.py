@@ -23,7 +23,9 @@ from pocketglm.stages.plan import Plan
 METHODS = registry.names("methods")
 every_method = pytest.mark.parametrize("name", METHODS)
 # Settings that keep a method quick on a tiny model; others run with their defaults.
-QUICK: dict[str, dict[str, Any]] = {}
+QUICK: dict[str, dict[str, Any]] = {
+    "distill": {"layers": 1, "features": "hidden", "epochs": 2, "augment": 1},
+}
 WORDS = ["abc", "bcd", "cab", "dab", "fig", "hij"]
 
 

@@ -1,0 +1,124 @@
+"""Students: which model one is, and the weights that it begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pocketglm.artifacts.checkpoint import read_json
+from pocketglm.errors import UsageError, nearest
+from pocketglm.model import bert
+from pocketglm.model.encoder import Encoder, init_encoder
+from pocketglm.model.spec import EncoderSpec
+
+Init = Literal["teacher", "random"]
+Wanted = Mapping[str, Any] | str | None  # sizes, the path of a config.json, or the model as it is
+# What a student has in common with the model that it replaces: it reads the same ids, and answers
+# with the same labels.
+_COMMON = ("vocab_size", "pooling", "head", "pooler", "num_labels", "pad_id", "type_vocab_size")
+
+
+def spread(count: int, layers: int) -> tuple[int, ...]:
+    """`count` of `layers` layers, spread evenly; the last one is among them."""
+    return tuple((number + 1) * layers // count - 1 for number in range(count))
+
+
+def chosen_layers(wanted: int | Sequence[int] | None, layers: int) -> tuple[int, ...]:
+    """The layers that a student keeps.
+
+    Raises:
+        UsageError: there are not that many, none is asked for, or a list is not ascending.
+    """
+    if wanted is None:
+        return tuple(range(layers))
+    if isinstance(wanted, int):
+        if not 1 <= wanted <= layers:
+            raise UsageError(f"layers: {wanted} of {layers}", f"choose 1 to {layers}")
+        return spread(wanted, layers)
+    outside = [layer for layer in wanted if not 0 <= layer < layers]
+    if outside or not wanted:
+        shown = f"there is no layer {outside[0]}" if outside else "the list is empty"
+        raise UsageError(f"layers: {shown}", f"the model has the layers 0 to {layers - 1}")
+    if list(wanted) != sorted(set(wanted)):
+        raise UsageError(f"layers: {list(wanted)} should be ascending", "name each layer once")
+    return tuple(wanted)
+
+
+def student_spec(
+    base: EncoderSpec, layers: int | Sequence[int] | None, student: Wanted
+) -> EncoderSpec:
+    """The student of a model `base`: some of its layers, or other sizes.
+
+    Raises:
+        UsageError: it cannot be.
+        CheckpointError: the config.json cannot be read.
+    """
+    if layers is not None and student is not None:
+        raise UsageError("layers and student are both set", "give one of them")
+    if student is None:
+        return replace(base, num_layers=len(chosen_layers(layers, base.num_layers)))
+    if isinstance(student, str):
+        return _spec_of_file(base, Path(student))
+    known = [field.name for field in fields(base) if field.name not in _COMMON]
+    for name in student:
+        if name not in known:
+            raise UsageError(f"student: there is no '{name}'", nearest(name, known))
+    try:
+        config = bert.config_of(replace(base, **student))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"student: {error}", "correct the sizes") from error
+    return _spec_of_config(base, config, Path("student"))
+
+
+def _spec_of_file(base: EncoderSpec, file: Path) -> EncoderSpec:
+    if not file.is_file():
+        raise UsageError(
+            f"student: {file} is no file", "give sizes, or the path of a BERT model's config.json"
+        )
+    return _spec_of_config(base, read_json(file), file)
+
+
+def _spec_of_config(base: EncoderSpec, config: Mapping[str, Any], file: Path) -> EncoderSpec:
+    """Checks every field; what is common stays `base`'s."""
+    common: dict[str, Any] = {name: getattr(base, name) for name in _COMMON}
+    head = {name: common[name] for name in ("head", "pooling", "pooler", "num_labels")}
+    return replace(bert.spec_of(config, file, **head), **common)
+
+
+def init_reason(base: EncoderSpec, spec: EncoderSpec) -> str | None:
+    """Why weights of `base` do not fit into `spec`, layer by layer; None: they do."""
+    widths = ("hidden_size", "num_heads", "intermediate_size", "max_position_embeddings")
+    other = [name for name in widths if getattr(base, name) != getattr(spec, name)]
+    if other:
+        shown = ", ".join(f"{n} {getattr(spec, n)} instead of {getattr(base, n)}" for n in other)
+        return f"init: the model's weights do not fit a student with {shown}: set init to random"
+    if spec.num_layers > base.num_layers:
+        return (
+            f"init: the student has {spec.num_layers} layers, the model only {base.num_layers}: "
+            "set init to random"
+        )
+    return None
+
+
+def make_student(
+    base: Encoder, spec: EncoderSpec, kept: Sequence[int], init: Init, seed: int
+) -> Encoder:
+    """A model of `spec`: new, or with copies of `base`'s weights, of whose layers it has `kept`."""
+    if init == "random":
+        return init_encoder(spec, seed)
+    with torch.device("meta"):
+        student = Encoder(spec)
+    old = base.state_dict()
+    state: dict[str, Tensor] = {}
+    for name in student.state_dict():
+        parts = name.split(".")
+        if parts[0] == "blocks":
+            parts[1] = str(kept[int(parts[1])])
+        state[name] = old[".".join(parts)].clone()
+    student.load_state_dict(state, assign=True)
+    return student.eval()
