@@ -138,6 +138,20 @@ def test_a_student_begins_with_layers_of_the_checkpoint(
         assert np.array_equal(after.read(name), before.read(name))
 
 
+def test_layers_of_a_pruned_model(teacher: Path, data: DataOptions, tmp_path: Path) -> None:
+    """Heads and FFN channels of each layer go with it; its relations are compared all the same."""
+    sizes: dict[str, Any] = {"layer_heads": (4, 2, 3), "layer_ffn": (64, 96, 32), "head_dim": 32}
+    pruned = save_tiny(tmp_path / "pruned", num_layers=3, **sizes)
+    settings = {"teacher": str(teacher), "features": "relations", "relation_heads": 8}
+    after = distill(pruned, tmp_path / "out", data, layers=[0, 2], **settings)
+    spec = spec_of(after)
+    assert (spec.heads(), spec.ffn(), spec.head_dim) == ((4, 3), (64, 32), 32)
+    one = distill(pruned, tmp_path / "one", data, layers=1, epochs=0)
+    assert (spec_of(one).num_heads, spec_of(one).intermediate_size) == (3, 32)
+    with pytest.raises(UnsupportedError, match="layer_heads"):
+        distill(pruned, tmp_path / "no", data, student={"num_layers": 2}, init="teacher")
+
+
 def test_a_student_of_other_sizes(teacher: Path, data: DataOptions, tmp_path: Path) -> None:
     sizes = {"num_layers": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 96}
     after = distill(teacher, tmp_path / "a", data, student=sizes, preset="features")

@@ -151,7 +151,8 @@ def _check(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> lis
     except InputError as error:
         return [f"{error.message}: {error.hint}" if error.hint else error.message]
     reasons = []
-    if _init(config) == "teacher" and (reason := init_reason(base, spec)):
+    kept = _kept(config, base, spec)
+    if _init(config) == "teacher" and (reason := init_reason(base, spec, kept)):
         reasons.append(reason)
     if teacher is not None:
         reasons += _teacher_reasons(teacher, ckpt, context) or _feature_reasons(
@@ -226,6 +227,13 @@ def _feature_reasons(config: DistillConfig, spec: EncoderSpec, teacher: Checkpoi
 
 def _init(config: DistillConfig) -> Init:
     return config.init or ("teacher" if config.student is None else "random")
+
+
+def _kept(config: DistillConfig, base: EncoderSpec, spec: EncoderSpec) -> tuple[int, ...]:
+    """The layers whose weights a student begins with, unless it begins at random."""
+    if config.student is None:
+        return chosen_layers(config.layers, base.num_layers)
+    return spread(spec.num_layers, base.num_layers)
 
 
 def _teacher(config: DistillConfig, context: StepContext) -> Checkpoint:
@@ -360,11 +368,7 @@ def _job(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> Encod
     rows: Any = context.rows
     job = prepare_classifier(ckpt, settings, rows, context.reporter)
     base = job.model
-    if config.layers is not None and _init(config) == "teacher":
-        kept = chosen_layers(config.layers, base.spec.num_layers)
-    else:
-        kept = spread(spec.num_layers, base.spec.num_layers)
-    student = make_student(base, spec, kept, _init(config), context.seed)
+    student = make_student(base, spec, _kept(config, base.spec, spec), _init(config), context.seed)
     return replace(job, model=student, fresh=() if _init(config) == "random" else job.fresh)
 
 

@@ -14,6 +14,7 @@ from pocketglm.artifacts.checkpoint import read_json
 from pocketglm.errors import UsageError, nearest
 from pocketglm.model import bert
 from pocketglm.model.encoder import Encoder, init_encoder
+from pocketglm.model.families import POCKETGLM
 from pocketglm.model.spec import EncoderSpec
 
 Init = Literal["teacher", "random"]
@@ -21,6 +22,16 @@ Wanted = Mapping[str, Any] | str | None  # sizes, the path of a config.json, or 
 # What a student has in common with the model that it replaces: it reads the same ids, and answers
 # with the same labels.
 _COMMON = ("vocab_size", "pooling", "head", "pooler", "num_labels", "pad_id", "type_vocab_size")
+_WIDTHS = (
+    "hidden_size",
+    "num_heads",
+    "head_dim",
+    "layer_heads",
+    "intermediate_size",
+    "layer_ffn",
+    "max_position_embeddings",
+)
+_PRUNED = ("head_dim", "layer_heads", "layer_ffn")  # a student of other sizes has no such layers
 
 
 def spread(count: int, layers: int) -> tuple[int, ...]:
@@ -49,6 +60,16 @@ def chosen_layers(wanted: int | Sequence[int] | None, layers: int) -> tuple[int,
     return tuple(wanted)
 
 
+def with_layers(base: EncoderSpec, kept: Sequence[int]) -> EncoderSpec:
+    """Only those layers."""
+    return replace(
+        base,
+        num_layers=len(kept),
+        layer_heads=tuple(base.heads()[layer] for layer in kept),
+        layer_ffn=tuple(base.ffn()[layer] for layer in kept),
+    )
+
+
 def student_spec(
     base: EncoderSpec, layers: int | Sequence[int] | None, student: Wanted
 ) -> EncoderSpec:
@@ -61,15 +82,16 @@ def student_spec(
     if layers is not None and student is not None:
         raise UsageError("layers and student are both set", "give one of them")
     if student is None:
-        return replace(base, num_layers=len(chosen_layers(layers, base.num_layers)))
+        return with_layers(base, chosen_layers(layers, base.num_layers))
     if isinstance(student, str):
         return _spec_of_file(base, Path(student))
-    known = [field.name for field in fields(base) if field.name not in _COMMON]
+    known = [field.name for field in fields(base) if field.name not in (*_COMMON, *_PRUNED)]
     for name in student:
         if name not in known:
             raise UsageError(f"student: there is no '{name}'", nearest(name, known))
     try:
-        config = bert.config_of(replace(base, **student))
+        sizes: dict[str, Any] = {"head_dim": 0, "layer_heads": (), "layer_ffn": (), **student}
+        config = bert.config_of(replace(base, **sizes))
     except (TypeError, ValueError) as error:
         raise UsageError(f"student: {error}", "correct the sizes") from error
     return _spec_of_config(base, config, Path("student"))
@@ -87,21 +109,22 @@ def _spec_of_config(base: EncoderSpec, config: Mapping[str, Any], file: Path) ->
     """Checks every field; what is common stays `base`'s."""
     common: dict[str, Any] = {name: getattr(base, name) for name in _COMMON}
     head = {name: common[name] for name in ("head", "pooling", "pooler", "num_labels")}
-    return replace(bert.spec_of(config, file, **head), **common)
+    own = config.get("model_type") == POCKETGLM
+    return replace(bert.spec_of(config, file, own=own, **head), **common)
 
 
-def init_reason(base: EncoderSpec, spec: EncoderSpec) -> str | None:
-    """Why weights of `base` do not fit into `spec`, layer by layer; None: they do."""
-    widths = ("hidden_size", "num_heads", "intermediate_size", "max_position_embeddings")
-    other = [name for name in widths if getattr(base, name) != getattr(spec, name)]
-    if other:
-        shown = ", ".join(f"{n} {getattr(spec, n)} instead of {getattr(base, n)}" for n in other)
-        return f"init: the model's weights do not fit a student with {shown}: set init to random"
+def init_reason(base: EncoderSpec, spec: EncoderSpec, kept: Sequence[int]) -> str | None:
+    """Why the layers `kept` of `base` do not fit into `spec`; None: they do."""
     if spec.num_layers > base.num_layers:
         return (
             f"init: the student has {spec.num_layers} layers, the model only {base.num_layers}: "
             "set init to random"
         )
+    whole = with_layers(base, kept)
+    other = [name for name in _WIDTHS if getattr(whole, name) != getattr(spec, name)]
+    if other:
+        shown = ", ".join(f"{n} {getattr(spec, n)} instead of {getattr(whole, n)}" for n in other)
+        return f"init: the model's weights do not fit a student with {shown}: set init to random"
     return None
 
 
