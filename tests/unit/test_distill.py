@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from killed_distill import KILLED
 from tiny_encoder import VOCAB, quantize_weights, save_tiny, save_tokenizer
 
 from pocketglm.artifacts.checkpoint import Checkpoint
@@ -35,22 +36,6 @@ from pocketglm.train.finetune import finetune, task_config
 QUICK: dict[str, Any] = {"epochs": 1, "batch_size": 16, "precision": "fp32"}
 WORDS = ["abc", "bcd", "cab", "dab", "fig", "hij"]
 LAYER = "bert.encoder.layer.{}.output.dense.weight"
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-from pocketglm.contracts import DataOptions, Silent
-from pocketglm.stages.compress import compress
-from pocketglm.stages.plan import Plan
-
-class Kill(Silent):
-    def progress(self, label, done, total, note=""):
-        if label.startswith(sys.argv[5]) and done >= total // 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-plan = Plan.single("distill", json.loads(sys.argv[4]))
-data = DataOptions(Path(sys.argv[3]))
-compress(Path(sys.argv[1]), plan, Path(sys.argv[2]), data=data, reporter=Kill())
-"""
 
 
 class Notes(Silent):
@@ -142,7 +127,8 @@ def test_layers_of_a_pruned_model(teacher: Path, data: DataOptions, tmp_path: Pa
     """Heads and FFN channels of each layer go with it; its relations are compared all the same."""
     sizes: dict[str, Any] = {"layer_heads": (4, 2, 3), "layer_ffn": (64, 96, 32), "head_dim": 32}
     pruned = save_tiny(tmp_path / "pruned", num_layers=3, **sizes)
-    settings = {"teacher": str(teacher), "features": "relations", "relation_heads": 8}
+    settings: dict[str, Any] = {"teacher": str(teacher), "features": "relations"}
+    settings["relation_heads"] = 8
     after = distill(pruned, tmp_path / "out", data, layers=[0, 2], **settings)
     spec = spec_of(after)
     assert (spec.heads(), spec.ffn(), spec.head_dim) == ((4, 3), (64, 32), 32)

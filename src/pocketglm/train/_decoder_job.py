@@ -70,11 +70,11 @@ def load_source(ckpt: Checkpoint, config: FinetuneConfig, names: Sequence[str] =
             ids = tokenizer.inner.get_vocab()
             learn_rows(model, [ids[name] for name in names])
     if config.dropout:
-        _set_dropout(model, config.dropout)
+        set_dropout(model, config.dropout)
     return Source(model, tokenizer, eos[0], dtype, bool(new))
 
 
-def _set_dropout(model: Decoder, share: float) -> None:
+def set_dropout(model: Decoder, share: float) -> None:
     """Dropout of the embeddings and of each residual branch, while it trains."""
     for part in model.modules():
         if isinstance(part, nn.Dropout):

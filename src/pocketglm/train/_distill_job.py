@@ -29,7 +29,8 @@ from pocketglm.train.loop import Batch, EpochRows, Loss, Rows
 class Terms:
     """What the loss is made of.
 
-    alpha: weight of the soft term; 1 - alpha is that of the labels. pairs: student layer -> teacher
+    alpha: weight of the soft term; 1 - alpha is that of the labels. reverse: the soft term is
+    KL(student || teacher). pairs: student layer -> teacher
     layer, whose features are compared. heads: relations of so many parts of a width.
     """
 
@@ -40,11 +41,27 @@ class Terms:
     pairs: Mapping[int, int] = field(default_factory=dict)
     heads: int = 1
     label_smoothing: float = 0.0
+    reverse: bool = False
 
     @property
     def asks(self) -> bool:
         """Whether there is anything that the teacher is needed for."""
         return self.alpha > 0 or (self.features != "none" and self.feature_weight > 0)
+
+
+def projections(
+    places: Sequence[nn.Module], widths: Sequence[int], terms: Terms, seed: int
+) -> nn.ModuleList:
+    """New layers from the student's hidden states to `widths`; none where they are equal."""
+    generator, layers = torch.Generator().manual_seed(seed), nn.ModuleList()
+    if terms.features != "hidden":
+        return layers
+    for place, width in zip(places, widths, strict=True):
+        own = width_of(place)
+        layer = nn.Identity() if own == width else nn.Linear(own, width, bias=False)
+        init_weights(layer, generator, std=own**-0.5)
+        layers.append(layer)
+    return layers
 
 
 class Pupil(nn.Module):
@@ -55,15 +72,7 @@ class Pupil(nn.Module):
         super().__init__()
         self.student = student
         self._places = taps(student, terms.features, list(terms.pairs)) if terms.asks else []
-        self.projections = nn.ModuleList()
-        if terms.features == "hidden":
-            generator = torch.Generator().manual_seed(seed)
-            for place, width in zip(self._places, widths, strict=True):
-                own = width_of(place)
-                same = own == width
-                layer = nn.Identity() if same else nn.Linear(own, width, bias=False)
-                init_weights(layer, generator, std=own**-0.5)
-                self.projections.append(layer)
+        self.projections = projections(self._places, widths, terms, seed)
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
         """ids, mask [B, S] -> logits [B, C] and features [B, S, W] each, as wide as the teacher's
@@ -89,7 +98,7 @@ def distillation_loss(terms: Terms) -> Loss:
         )
         total = (1 - terms.alpha) * (hard * batch["hard"]).sum()
         if terms.alpha:
-            soft = soft_targets(logits, batch["soft"], terms.temperature)
+            soft = soft_targets(logits, batch["soft"], terms.temperature, reverse=terms.reverse)
             total = total + terms.alpha * soft.sum()
         if found:
             rows = _feature_loss(found, batch, terms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,6 +91,22 @@ def encode_prompts(
     return [begin + row.ids for row in found]
 
 
+def quick_attention(ids: Tensor) -> AbstractContextManager[None]:
+    """The kernel to train with on rows `ids` [B, S].
+
+    PyTorch's fused attention is slow at training short rows in bf16 on CPUs: of 16 tokens it takes
+    five times as long, of 128 1.3 times; from 256 on it is faster.
+    """
+    plain = ids.shape[1] <= _SHORT and not ids.is_cuda and torch.is_autocast_enabled("cpu")
+    chosen: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+    return chosen
+
+
+def positions_at_once(decoder: Decoder) -> int:
+    """Of how many positions the logits fit into memory."""
+    return max(_LOGITS // decoder.spec.vocab_size, 1)
+
+
 class NextToken(nn.Module):
     """A decoder whose output is the summed loss at chosen positions.
 
@@ -105,16 +121,12 @@ class NextToken(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """A batch of `Sequences.collate` -> the sum over its places, float32."""
-        ids = batch["ids"]
-        # PyTorch's fused attention is slow at training short rows in bf16 on CPUs: of 16 tokens it
-        # takes five times as long, of 128 1.3 times; from 256 on it is faster.
-        plain = ids.shape[1] <= _SHORT and not ids.is_cuda and torch.is_autocast_enabled("cpu")
-        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-            hidden = self.decoder.hidden(ids).flatten(0, 1)[batch["places"]]
+        with quick_attention(batch["ids"]):
+            hidden = self.decoder.hidden(batch["ids"]).flatten(0, 1)[batch["places"]]
         choices = batch.get("choices")
         if choices is not None:
             return self._loss(hidden, batch["targets"], choices)
-        size = max(_LOGITS // self.decoder.spec.vocab_size, 1)
+        size = positions_at_once(self.decoder)
         if len(hidden) <= size:
             return self._loss(hidden, batch["targets"])
         parts = zip(torch.split(hidden, size), torch.split(batch["targets"], size), strict=True)
@@ -142,7 +154,7 @@ def score_rows(decoder: Decoder, rows: Sequences) -> RowScores:
     """Score every row, each token after the true ones before it (teacher forcing)."""
     device = decoder.tokens.weight.device
     nll, hits, tokens, first = np.zeros(len(rows.ids)), *np.zeros((3, len(rows.ids)), np.int64)
-    size = max(_LOGITS // decoder.spec.vocab_size, 1)
+    size = positions_at_once(decoder)
     for numbers in _batches(rows.lengths):
         batch = {name: value.to(device) for name, value in rows.collate(numbers).items()}
         places, targets = batch["places"], batch["targets"]

@@ -5,31 +5,50 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
-import torch
 from torch import Tensor
 
 from pocketglm.artifacts.checkpoint import read_json
 from pocketglm.errors import UsageError, nearest
-from pocketglm.model import bert
+from pocketglm.model import bert, causal
+from pocketglm.model.decoder import Decoder, init_decoder
 from pocketglm.model.encoder import Encoder, init_encoder
-from pocketglm.model.families import POCKETGLM
-from pocketglm.model.spec import EncoderSpec
+from pocketglm.model.families import DECODERS, POCKETGLM
+from pocketglm.model.layers import bare_modules
+from pocketglm.model.sizes import SIZES, spec_of_size
+from pocketglm.model.spec import DecoderSpec, EncoderSpec
 
 Init = Literal["teacher", "random"]
+Spec = EncoderSpec | DecoderSpec
+AnySpec = TypeVar("AnySpec", EncoderSpec, DecoderSpec)
+Model = TypeVar("Model", Encoder, Decoder)
 Wanted = Mapping[str, Any] | str | None  # sizes, the path of a config.json, or the model as it is
 # What a student has in common with the model that it replaces: it reads the same ids, and answers
 # with the same labels.
 _COMMON = ("vocab_size", "pooling", "head", "pooler", "num_labels", "pad_id", "type_vocab_size")
+_DECODER_COMMON = ("vocab_size", "bos_id", "eos_ids", "pad_id")
 _WIDTHS = (
     "hidden_size",
     "num_heads",
+    "num_kv_heads",
     "head_dim",
     "layer_heads",
     "intermediate_size",
     "layer_ffn",
     "max_position_embeddings",
+    "family",
+    "tied",
+)
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "tied",
 )
 _PRUNED = ("head_dim", "layer_heads", "layer_ffn")  # a student of other sizes has no such layers
 
@@ -60,14 +79,16 @@ def chosen_layers(wanted: int | Sequence[int] | None, layers: int) -> tuple[int,
     return tuple(wanted)
 
 
-def with_layers(base: EncoderSpec, kept: Sequence[int]) -> EncoderSpec:
-    """Only those layers."""
-    return replace(
-        base,
-        num_layers=len(kept),
-        layer_heads=tuple(base.heads()[layer] for layer in kept),
-        layer_ffn=tuple(base.ffn()[layer] for layer in kept),
-    )
+def with_layers(base: AnySpec, kept: Sequence[int]) -> AnySpec:
+    """Only those layers, each with its own sizes where they differ."""
+    own: dict[str, Any] = {
+        field.name: tuple(sizes[layer] for layer in kept)
+        for field in fields(base)
+        if field.name.startswith("layer_")
+        and isinstance(sizes := getattr(base, field.name), tuple)
+        and sizes
+    }
+    return replace(base, num_layers=len(kept), **own)
 
 
 def student_spec(
@@ -113,29 +134,80 @@ def _spec_of_config(base: EncoderSpec, config: Mapping[str, Any], file: Path) ->
     return replace(bert.spec_of(config, file, own=own, **head), **common)
 
 
-def init_reason(base: EncoderSpec, spec: EncoderSpec, kept: Sequence[int]) -> str | None:
+def decoder_student_spec(
+    base: DecoderSpec, layers: int | Sequence[int] | None, student: Wanted
+) -> DecoderSpec:
+    """As `student_spec`; `student` may also be a size of the family."""
+    if layers is not None and student is not None:
+        raise UsageError("layers and student are both set", "give one of them")
+    if student is None:
+        return with_layers(base, chosen_layers(layers, base.num_layers))
+    common: dict[str, Any] = {name: getattr(base, name) for name in _DECODER_COMMON}
+    if isinstance(student, str):
+        if student in SIZES:
+            return replace(spec_of_size(student), **common)
+        file = Path(student)
+        if not file.is_file():
+            raise UsageError(
+                f"student: '{student}' is neither a size nor a file",
+                f"sizes: {', '.join(SIZES)}; or give the path of a config.json",
+            )
+        return replace(_decoder_spec_of_config(read_json(file), file), **common)
+    sizes: dict[str, Any] = dict(student)
+    for name in sizes:
+        if name not in _SIZES:
+            raise UsageError(f"student: there is no '{name}'", nearest(name, _SIZES))
+    try:
+        share = base.rope.dims / base.head_dim
+        dims = int(sizes.get("head_dim", base.head_dim) * share)
+        spec = replace(base, **sizes, rope=replace(base.rope, dims=dims))
+        config = DECODERS[spec.family].config_of(spec)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"student: {error}", "correct the sizes") from error
+    checked = _decoder_spec_of_config(config | {"model_type": spec.family}, Path("student"))
+    return replace(checked, **common)
+
+
+def _decoder_spec_of_config(config: Mapping[str, Any], file: Path) -> DecoderSpec:
+    family = config.get("family" if config.get("model_type") == POCKETGLM else "model_type")
+    if family not in DECODERS:
+        raise UsageError(f"{file}: model_type {family!r}", f"known: {', '.join(DECODERS)}")
+    module = DECODERS[family]
+    fields_of = causal.Fields(config, file, module.DEFAULTS)
+    spec: DecoderSpec = module.spec_of(fields_of, family, not fields_of.flag("tie_word_embeddings"))
+    return spec
+
+
+def init_reason(base: Spec, spec: Spec, kept: Sequence[int]) -> str | None:
     """Why the layers `kept` of `base` do not fit into `spec`; None: they do."""
     if spec.num_layers > base.num_layers:
         return (
             f"init: the student has {spec.num_layers} layers, the model only {base.num_layers}: "
             "set init to random"
         )
-    whole = with_layers(base, kept)
-    other = [name for name in _WIDTHS if getattr(whole, name) != getattr(spec, name)]
-    if other:
-        shown = ", ".join(f"{n} {getattr(spec, n)} instead of {getattr(whole, n)}" for n in other)
+    if isinstance(base, EncoderSpec):
+        whole: Spec = with_layers(base, kept)
+    else:
+        whole = with_layers(base, kept)
+    old, new = ({name: getattr(s, name, None) for name in _WIDTHS} for s in (whole, spec))
+    if other := [name for name in _WIDTHS if old[name] != new[name]]:
+        shown = ", ".join(f"{name} {new[name]} instead of {old[name]}" for name in other)
         return f"init: the model's weights do not fit a student with {shown}: set init to random"
     return None
 
 
 def make_student(
-    base: Encoder, spec: EncoderSpec, kept: Sequence[int], init: Init, seed: int
-) -> Encoder:
+    base: Model, spec: EncoderSpec | DecoderSpec, kept: Sequence[int], init: Init, seed: int
+) -> Model:
     """A model of `spec`: new, or with copies of `base`'s weights, of whose layers it has `kept`."""
+    student: Any
     if init == "random":
-        return init_encoder(spec, seed)
-    with torch.device("meta"):
-        student = Encoder(spec)
+        student = (
+            init_encoder(spec, seed) if isinstance(spec, EncoderSpec) else init_decoder(spec, seed)
+        )
+        return cast(Model, student)
+    with bare_modules():
+        student = Encoder(spec) if isinstance(spec, EncoderSpec) else Decoder(spec)
     old = base.state_dict()
     state: dict[str, Tensor] = {}
     for name in student.state_dict():
@@ -144,4 +216,4 @@ def make_student(
             parts[1] = str(kept[int(parts[1])])
         state[name] = old[".".join(parts)].clone()
     student.load_state_dict(state, assign=True)
-    return student.eval()
+    return cast(Model, student.eval())

@@ -21,6 +21,11 @@ from pocketglm.model.layers import bare_modules
 _MULTIPLE = 64  # rows of an embedding, for the kernels
 
 
+def rows_for(rows: int, size: int) -> int:
+    """Rows of an embedding of `rows` that shall have room for `size` tokens."""
+    return rows if size <= rows else -(-size // _MULTIPLE) * _MULTIPLE
+
+
 @torch.no_grad()
 def with_rows(model: Decoder, first: int, size: int, seed: int) -> Decoder:
     """The model with new rows `first` to `size` - 1 in embedding and head.
@@ -28,9 +33,8 @@ def with_rows(model: Decoder, first: int, size: int, seed: int) -> Decoder:
     These grow, if need be, to a multiple of 64 rows. The other rows and weights are the same
     tensors as `model`'s, or equal to them.
     """
-    rows, stop = model.spec.vocab_size, size
-    if size > rows:
-        rows = stop = -(-size // _MULTIPLE) * _MULTIPLE
+    rows = rows_for(model.spec.vocab_size, size)
+    stop = rows if rows > model.spec.vocab_size else size
     with bare_modules():
         grown = Decoder(replace(model.spec, vocab_size=rows))
     state = model.state_dict()
