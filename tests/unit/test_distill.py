@@ -358,6 +358,18 @@ def test_a_teacher_with_more_tokens(teacher: Path, data: DataOptions, tmp_path: 
         distill(teacher, tmp_path / "none", data, teacher=str(large), preset="features")
 
 
+def test_a_student_with_a_trimmed_vocabulary(data: DataOptions, tmp_path: Path) -> None:
+    """The same tokens under other numbers: hidden states of changed texts are compared too."""
+    settings = {**QUICK, "preset": "features", "augment": 1, "layers": 2}
+    steps = Plan.single("trim_vocabulary").steps + Plan.single("distill", settings).steps
+    large = save_tiny(tmp_path / "large", vocab_size=len(VOCAB) + 20)
+    save_tokenizer(large, [*VOCAB[:5], *(f"word{n}" for n in range(20)), *VOCAB[5:]])
+    compress(large, Plan(steps, 0), tmp_path / "out", data=data)
+    after = Checkpoint.open(tmp_path / "out")
+    assert spec_of(after).vocab_size < len(VOCAB) + 20
+    assert [step.method for step in after.manifest.lineage] == ["trim_vocabulary", "distill"]
+
+
 def test_a_quantized_student_is_refused(teacher: Path, data: DataOptions, tmp_path: Path) -> None:
     packed = quantize_weights(
         saved(teacher, tmp_path / "q"), {"query.weight": TensorScheme(bits=8)}
