@@ -323,16 +323,16 @@ def test_a_quarter_of_the_new_values_are_made_of_two() -> None:
     text, value = "play hey jude now", "hey jude"
     start = text.index(value)
     row = FrameRow(text, Frame("play", (("song", value),)), ((start, start + len(value)),), "")
-    pool = {("", "song"): ["hey jude", "let it be"]}
+    pool = {("", "play", "song"): ["hey jude", "let it be"]}
     rng = np.random.default_rng(0)
     made = [swapped(row, pool, rng) for _ in range(400)]
     for one in made:
         assert [one.text[a:b] for a, b in one.spans] == [value for _, value in one.frame.slots]
     values = [one.frame.slots[0][1] for one in made]
     assert {"hey be", "let it jude", "hey jude let it be"} & set(values)
-    new = sum(value not in pool["", "song"] for value in values)
+    new = sum(value not in pool["", "play", "song"] for value in values)
     assert 60 < new < 110
-    single = {("", "song"): ["jude", "be"]}
+    single = {("", "play", "song"): ["jude", "be"]}
     assert {swapped(row, single, rng).frame.slots[0][1] for _ in range(50)} == {"jude", "be"}
 
 
@@ -386,6 +386,26 @@ def test_languages_keep_their_values(decoder: Path, tmp_path: Path) -> None:
     assert {(row.language, row.text) for row in _epochs(job)} <= {
         ("en", "call Bo"), ("en", "call Al"), ("de", "ruf Uwe")
     }  # fmt: skip
+
+
+def test_intents_keep_their_values(decoder: Path, tmp_path: Path) -> None:
+    """`kind` alone tells the two apart: a value of the other intent would make a row wrong."""
+    rows = [
+        {"text": f"find the {kind}", "slots": {"kind": kind}, "intent": intent}
+        for kind, intent in (
+            ("movie times", "screening"),
+            ("showings", "screening"),
+            ("album", "work"),
+            ("tv show", "work"),
+        )
+    ]
+    folder = write_rows(tmp_path, train=rows, validation=rows)
+    made = _epochs(command_job(decoder, folder, slot_swap=1.0))
+    kinds = {intent: {r.text for r in made if r.label == intent} for intent in ("screening", "work")}
+    assert {"find the movie times", "find the showings"} <= kinds["screening"]
+    assert {"find the album", "find the tv show"} <= kinds["work"]
+    assert "album" not in " ".join(kinds["screening"])
+    assert "showings" not in " ".join(kinds["work"])
 
 
 def _epochs(job: CommandJob) -> list[FrameRow]:

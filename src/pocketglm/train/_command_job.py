@@ -4,7 +4,8 @@ A row is prompt and answer. The loss counts the marks alone, and the model choos
 words of an answer are given when it is used, too. The marks become tokens of the model.
 
 Slot swapping, an augmentation: in each epoch a share of the training rows get other values of the
-same slots, drawn from the training rows of the same language; a quarter of these are made of two.
+same slots, drawn from the training rows of the same language and intent; a quarter of these are
+made of two.
 Words may become made-up ones (`_made_up.py`). What such a row says is a function of the seed, the
 epoch and its number.
 
@@ -37,7 +38,7 @@ from pocketglm.train.loop import EpochRows, Rows
 
 _MIXED = 0.25  # share of new values that are made of two
 
-Pool = Mapping[tuple[str, str], Sequence[str]]
+Pool = Mapping[tuple[str, str, str], Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +219,15 @@ def encode_frames(
 
 
 def slot_values(rows: Sequence[FrameRow]) -> Pool:
-    """The distinct values of each (language, slot name), sorted."""
-    values: dict[tuple[str, str], set[str]] = {}
+    """The distinct values of each (language, intent, slot name), sorted.
+
+    By intent, since a value often tells it: of two intents with a slot `object_type` one has movie
+    times there, and the other one albums.
+    """
+    values: dict[tuple[str, str, str], set[str]] = {}
     for row in rows:
         for name, value in row.frame.slots:
-            values.setdefault((row.language, name), set()).add(value)
+            values.setdefault((row.language, row.frame.intent, name), set()).add(value)
     return {key: sorted(found) for key, found in values.items()}
 
 
@@ -242,7 +247,7 @@ def swapped(row: FrameRow, pool: Pool, rng: np.random.Generator) -> FrameRow:
     grow together with the word next to it."""
     text, slots, spans, last = "", [], [], 0
     for (start, stop), (name, _) in zip(row.spans, row.frame.slots, strict=True):
-        value = _other(pool[row.language, name], rng)
+        value = _other(pool[row.language, row.frame.intent, name], rng)
         text += row.text[last:start]
         spans.append((len(text), len(text) + len(value)))
         text += value
