@@ -401,11 +401,28 @@ def test_intents_keep_their_values(decoder: Path, tmp_path: Path) -> None:
     ]
     folder = write_rows(tmp_path, train=rows, validation=rows)
     made = _epochs(command_job(decoder, folder, slot_swap=1.0))
-    kinds = {intent: {r.text for r in made if r.label == intent} for intent in ("screening", "work")}
+    kinds = {
+        intent: {r.text for r in made if r.label == intent} for intent in ("screening", "work")
+    }
     assert {"find the movie times", "find the showings"} <= kinds["screening"]
     assert {"find the album", "find the tv show"} <= kinds["work"]
     assert "album" not in " ".join(kinds["screening"])
     assert "showings" not in " ".join(kinds["work"])
+
+
+def test_losses_on_the_text_learn(decoder: Path, data: Path) -> None:
+    """They reach the batches of both kinds of rows, and the gradient of the text's own tokens."""
+    for swap in (0.0, 0.5):
+        plain, more = (
+            command_job(decoder, data, slot_swap=swap, **weights)
+            for weights in ({}, {"early_intent": 0.2, "text_loss": 0.2})
+        )
+        losses = []
+        for job in (plain, more):
+            rows = job.rows()
+            made = rows if isinstance(rows, Rows) else rows(0)
+            losses.append(job.trainee(made.collate(np.arange(4))).item())
+        assert losses[1] > losses[0] + 1
 
 
 def _epochs(job: CommandJob) -> list[FrameRow]:
