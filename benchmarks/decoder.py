@@ -407,9 +407,23 @@ def alternate(folders: dict[str, Path]) -> dict[str, Any]:
 # --- snips ---------------------------------------------------------------------------------------
 
 SNIPS = [
-    "--epochs", "14", "--batch-size", "64", "--learning-rate", "1e-3", "--dropout", "0.15",
-    "--label-smoothing", "0.1", "--slot-swap", "0.5", "--weight-decay", "0.1", "--patience", "14",
+    "--epochs", "10", "--batch-size", "32", "--learning-rate", "1e-3", "--dropout", "0.15",
+    "--label-smoothing", "0.1", "--slot-swap", "0.5", "--early-intent", "0.2", "--text-loss", "0.2",
+    "--weight-decay", "0.1", "--patience", "10",
 ]  # fmt: skip
+
+SNIPS_CHOICE = [
+    "How it was chosen: on 2,000 rows, the 700 validation rows and 1,300 held out of the training "
+    "rows, never on test rows; three recipes of 4 layers, planned for 6 epochs, of which the last "
+    "two were stopped early. With slot values swapped between intents 98.10 % of the intents were "
+    "right after epoch 5 (0.069 nats; best epoch 98.35 %), within them, as `--slot-swap` does now, "
+    "98.50 % (0.055 nats); the SVM: 98.55 %. After epoch 1 96.60 % without the losses on the text "
+    "(0.143 nats), 97.70 % with both (0.094 nats); slot F1, each mark after the true ones, 78.4 "
+    "and 80.5. The weights of these losses, size, batch, rate and regularization were not "
+    "searched, the 10 epochs are what there was time for, and the changes were not told apart on "
+    "the test rows. The recipe before (`autoglm-15m`, 14 epochs of batches of 64, values swapped "
+    "between intents, no losses on the text) had 97.14 % and 90.6 on the same test rows.",
+]
 
 
 def snips(work: Path, data: Path) -> list[dict[str, Any]]:
@@ -418,7 +432,7 @@ def snips(work: Path, data: Path) -> list[dict[str, Any]]:
     init, trained = folder / "init", folder / "trained"
     task = ["--task", "command", "--data", str(data / "snips")]
     pocketglm(
-        "init", "autoglm-15m", "--vocab-size", "4096", "--dtype", "float32",
+        "init", "autoglm-nano", "--vocab-size", "4096", "--dtype", "float32",
         "--tokenizer-data", str(data / "snips"), "--out", str(init),
     )  # fmt: skip
     pocketglm("train", str(init), *task, *SNIPS, "--out", str(trained))
@@ -521,10 +535,12 @@ def snips_lines(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Commands: snips",
         "",
-        "A decoder trained here from random weights (`"
+        "`autoglm-nano` with 4,096 tokens, trained here from random weights (`"
         + " ".join(["train --task command", *SNIPS])
         + "`), scored on the 700 test rows through its ONNX export; 95 % intervals. A TF-IDF "
         "linear SVM reaches 97.9 in intents and finds no slots.",
+        "",
+        *SNIPS_CHOICE,
         "",
         "| form | model MB | intent | slot F1 | exact match |",
         "|---|---|---|---|---|",

@@ -323,16 +323,16 @@ def test_a_quarter_of_the_new_values_are_made_of_two() -> None:
     text, value = "play hey jude now", "hey jude"
     start = text.index(value)
     row = FrameRow(text, Frame("play", (("song", value),)), ((start, start + len(value)),), "")
-    pool = {("", "song"): ["hey jude", "let it be"]}
+    pool = {("", "play", "song"): ["hey jude", "let it be"]}
     rng = np.random.default_rng(0)
     made = [swapped(row, pool, rng) for _ in range(400)]
     for one in made:
         assert [one.text[a:b] for a, b in one.spans] == [value for _, value in one.frame.slots]
     values = [one.frame.slots[0][1] for one in made]
     assert {"hey be", "let it jude", "hey jude let it be"} & set(values)
-    new = sum(value not in pool["", "song"] for value in values)
+    new = sum(value not in pool["", "play", "song"] for value in values)
     assert 60 < new < 110
-    single = {("", "song"): ["jude", "be"]}
+    single = {("", "play", "song"): ["jude", "be"]}
     assert {swapped(row, single, rng).frame.slots[0][1] for _ in range(50)} == {"jude", "be"}
 
 
@@ -386,6 +386,43 @@ def test_languages_keep_their_values(decoder: Path, tmp_path: Path) -> None:
     assert {(row.language, row.text) for row in _epochs(job)} <= {
         ("en", "call Bo"), ("en", "call Al"), ("de", "ruf Uwe")
     }  # fmt: skip
+
+
+def test_intents_keep_their_values(decoder: Path, tmp_path: Path) -> None:
+    """`kind` alone tells the two apart: a value of the other intent would make a row wrong."""
+    rows = [
+        {"text": f"find the {kind}", "slots": {"kind": kind}, "intent": intent}
+        for kind, intent in (
+            ("movie times", "screening"),
+            ("showings", "screening"),
+            ("album", "work"),
+            ("tv show", "work"),
+        )
+    ]
+    folder = write_rows(tmp_path, train=rows, validation=rows)
+    made = _epochs(command_job(decoder, folder, slot_swap=1.0))
+    kinds = {
+        intent: {r.text for r in made if r.label == intent} for intent in ("screening", "work")
+    }
+    assert {"find the movie times", "find the showings"} <= kinds["screening"]
+    assert {"find the album", "find the tv show"} <= kinds["work"]
+    assert "album" not in " ".join(kinds["screening"])
+    assert "showings" not in " ".join(kinds["work"])
+
+
+def test_losses_on_the_text_learn(decoder: Path, data: Path) -> None:
+    """They reach the batches of both kinds of rows, and the gradient of the text's own tokens."""
+    for swap in (0.0, 0.5):
+        plain, more = (
+            command_job(decoder, data, slot_swap=swap, **weights)
+            for weights in ({}, {"early_intent": 0.2, "text_loss": 0.2})
+        )
+        losses = []
+        for job in (plain, more):
+            rows = job.rows()
+            made = rows if isinstance(rows, Rows) else rows(0)
+            losses.append(job.trainee(made.collate(np.arange(4))).item())
+        assert losses[1] > losses[0] + 1
 
 
 def _epochs(job: CommandJob) -> list[FrameRow]:

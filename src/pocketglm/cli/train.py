@@ -79,7 +79,8 @@ SlotSwap = Annotated[
         "--augment",
         min=0,
         max=1,
-        help="Commands: share of the rows that get other values of the same slots in an epoch.",
+        help="Commands: share of the rows that get other values of the same slots in an epoch, of "
+        "those seen with the same intent.",
     ),
 ]
 MadeUp = Annotated[
@@ -89,6 +90,20 @@ MadeUp = Annotated[
         max=1,
         help="Commands: share of the slots' values that become made-up words in an epoch; helps a "
         "small model with names it never saw.",
+    ),
+]
+EarlyIntent = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="Commands: weight of telling the intent after every token of the text, too; helps a "
+        "model that is trained from nothing.",
+    ),
+]
+TextLoss = Annotated[
+    float,
+    typer.Option(
+        min=0, help="Commands: weight of telling the text's next token, too; helps such a model."
     ),
 ]
 ClassWeights = Annotated[bool, typer.Option("--class-weights", help="Weigh rare labels more.")]
@@ -125,6 +140,8 @@ def main(
     lora_alpha: LoraAlpha = None,
     slot_swap: SlotSwap = _DEFAULT.slot_swap,
     made_up: MadeUp = _DEFAULT.made_up,
+    early_intent: EarlyIntent = _DEFAULT.early_intent,
+    text_loss: TextLoss = _DEFAULT.text_loss,
     class_weights: ClassWeights = False,
     pooling: PoolingName = None,
     precision: PrecisionName = "auto",

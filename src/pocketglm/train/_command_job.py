@@ -4,7 +4,8 @@ A row is prompt and answer. The loss counts the marks alone, and the model choos
 words of an answer are given when it is used, too. The marks become tokens of the model.
 
 Slot swapping, an augmentation: in each epoch a share of the training rows get other values of the
-same slots, drawn from the training rows of the same language; a quarter of these are made of two.
+same slots, drawn from the training rows of the same language and intent; a quarter of these are
+made of two.
 Words may become made-up ones (`_made_up.py`). What such a row says is a function of the seed, the
 epoch and its number.
 
@@ -28,16 +29,17 @@ from pocketglm.contracts import Metric, Reporter
 from pocketglm.data.frames import FrameRow, grammar_of, read_frames
 from pocketglm.errors import DataError
 from pocketglm.eval._stats import mean_metric
-from pocketglm.text.frame import Frame, FrameTokens, is_boundary, mark_names, words
+from pocketglm.text.frame import Frame, FrameTokens, intent_mark, is_boundary, mark_names, words
 from pocketglm.train._decoder_job import DecoderJob, load_source
 from pocketglm.train._job import FinetuneConfig, length_limit
 from pocketglm.train._made_up import MadeUp
+from pocketglm.train._prompt_loss import CommandLoss, PromptRows
 from pocketglm.train._sequences import Sequences, score_rows, token_mean
 from pocketglm.train.loop import EpochRows, Rows
 
 _MIXED = 0.25  # share of new values that are made of two
 
-Pool = Mapping[tuple[str, str], Sequence[str]]
+Pool = Mapping[tuple[str, str, str], Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +74,26 @@ def read_commands(config: FinetuneConfig) -> CommandRows:
 @dataclass(frozen=True)
 class CommandJob(DecoderJob):
     """`texts`: the training rows that fit; `share` of them get other slot values in an epoch.
-    `made_up`: see `MadeUp`.
+    `made_up`: see `MadeUp`; `early_intent` and `text_loss`: weights, see `_prompt_loss.py`.
     """
 
     tokens: FrameTokens = field(kw_only=True)
     texts: Sequence[FrameRow] = ()
     share: float = 0.0
     made_up: float = 0.0
+    early_intent: float = 0.0
+    text_loss: float = 0.0
     seed: int = 0
 
     score_name = "exact match"
 
+    def __post_init__(self) -> None:
+        loss = CommandLoss(self.source.model, self.early_intent, self.text_loss)
+        object.__setattr__(self, "trainee", loss)
+
     def rows(self) -> Rows | EpochRows:
         if not self.share and not self.made_up:
-            return super().rows()
+            return self._batches(self.train)
         pool = slot_values(self.texts)
         inventor = MadeUp(self.tokens, self.texts, self.made_up) if self.made_up else None
 
@@ -104,9 +112,15 @@ class CommandJob(DecoderJob):
             for number in np.flatnonzero(made.lengths > self.settings["max_length"]):
                 ids[number], starts[number] = self.train.ids[number], self.train.starts[number]
             made = replace(made, ids=ids, starts=starts)
-            return Rows(made.lengths, made.collate)
+            return self._batches(made)
 
         return of_epoch
+
+    def _batches(self, rows: Sequences) -> Rows:
+        if not self.early_intent and not self.text_loss:
+            return Rows(rows.lengths, rows.collate)
+        intents = [self.tokens.id[intent_mark(name)] for name in self.tokens.grammar.intents]
+        return Rows(rows.lengths, PromptRows(rows, np.sort(intents)).collate)
 
     def score(self, trainee: nn.Module) -> float:
         """Share of exact matches; between equal ones, the share of right tokens decides."""
@@ -173,6 +187,8 @@ def prepare_command(
         texts=texts,
         share=config.slot_swap,
         made_up=config.made_up,
+        early_intent=config.early_intent,
+        text_loss=config.text_loss,
         seed=config.seed,
     )
 
@@ -218,11 +234,15 @@ def encode_frames(
 
 
 def slot_values(rows: Sequence[FrameRow]) -> Pool:
-    """The distinct values of each (language, slot name), sorted."""
-    values: dict[tuple[str, str], set[str]] = {}
+    """The distinct values of each (language, intent, slot name), sorted.
+
+    By intent, since a value often tells it: of two intents with a slot `object_type` one has movie
+    times there, and the other one albums.
+    """
+    values: dict[tuple[str, str, str], set[str]] = {}
     for row in rows:
         for name, value in row.frame.slots:
-            values.setdefault((row.language, name), set()).add(value)
+            values.setdefault((row.language, row.frame.intent, name), set()).add(value)
     return {key: sorted(found) for key, found in values.items()}
 
 
@@ -242,7 +262,7 @@ def swapped(row: FrameRow, pool: Pool, rng: np.random.Generator) -> FrameRow:
     grow together with the word next to it."""
     text, slots, spans, last = "", [], [], 0
     for (start, stop), (name, _) in zip(row.spans, row.frame.slots, strict=True):
-        value = _other(pool[row.language, name], rng)
+        value = _other(pool[row.language, row.frame.intent, name], rng)
         text += row.text[last:start]
         spans.append((len(text), len(text) + len(value)))
         text += value

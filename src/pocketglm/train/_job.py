@@ -31,9 +31,10 @@ class FinetuneConfig(LoopConfig):
     weigh each label by the inverse of its share. head_multiplier: for the new layers; those that
     come trained with the checkpoint learn at the body's rate.
 
-    Commands alone, both anew in each epoch: slot_swap: share of the rows that get other values of
-    the same slots. made_up: share of the slots' values that become made-up words; of the other
-    words a tenth of it.
+    Commands alone, anew in each epoch: slot_swap: share of the rows that get other values of the
+    same slots, seen with the same intent. made_up: share of the slots' values that become made-up
+    words; of the other words a tenth of it. Weights of losses on the text: early_intent: of telling
+    the intent after each of its tokens; text_loss: of telling the next one.
     """
 
     learning_rate: float = Field(3e-4, gt=0)
@@ -52,6 +53,8 @@ class FinetuneConfig(LoopConfig):
     lora_alpha: float | None = Field(None, gt=0)
     slot_swap: float = Field(0.0, ge=0, le=1)
     made_up: float = Field(0.0, ge=0, le=1)
+    early_intent: float = Field(0.0, ge=0)
+    text_loss: float = Field(0.0, ge=0)
 
     @property
     def options(self) -> DataOptions:

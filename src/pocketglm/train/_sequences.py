@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,8 @@ Row = npt.NDArray[np.int32]
 Numbers = npt.NDArray[np.int64]
 _LOGITS = 1 << 25  # values computed at a time: 128 MiB in float32
 _SHORT = 128  # tokens
-_WIDTHS, _COUNTS = 4, 64  # steps of a batch's S and P
-_IGNORED = -100  # a target that does not count
+_WIDTHS, COUNTS = 4, 64  # steps of a batch's S and P
+IGNORED = -100  # a target that does not count
 _TOKENS = 8192  # of a validation batch
 
 
@@ -70,11 +70,11 @@ class Sequences:
         width, longest = ids.shape[1] - 1, int(self.lengths.max()) - 1
         more = max(min(-width % _WIDTHS, longest - width), 0)
         row, column = np.nonzero(counts)
-        fill = (0, -len(targets) % _COUNTS)
+        fill = (0, -len(targets) % COUNTS)
         return {
             "ids": torch.from_numpy(np.pad(ids[:, :-1], ((0, 0), (0, more)))),
             "places": torch.from_numpy(np.pad(row * (width + more) + column, fill)),
-            "targets": torch.from_numpy(np.pad(targets, fill, constant_values=_IGNORED)),
+            "targets": torch.from_numpy(np.pad(targets, fill, constant_values=IGNORED)),
             **chosen,
         }
 
@@ -121,21 +121,35 @@ class NextToken(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """A batch of `Sequences.collate` -> the sum over its places, float32."""
-        with quick_attention(batch["ids"]):
-            hidden = self.decoder.hidden(batch["ids"]).flatten(0, 1)[batch["places"]]
-        choices = batch.get("choices")
-        if choices is not None:
-            return self._loss(hidden, batch["targets"], choices)
+        hidden = self.hidden(batch["ids"])[batch["places"]]
+        return self.summed(hidden, batch["targets"], batch.get("choices"), self.smoothing)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """What the head sees of ids [B, S], flattened: [B * S, H]."""
+        with quick_attention(ids):
+            return self.decoder.hidden(ids).flatten(0, 1)
+
+    def summed(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        choices: Tensor | None = None,
+        smoothing: float = 0.0,
+    ) -> Tensor:
+        """The loss of hidden states [P, H]; targets and choices as in `Sequences`."""
+        loss = partial(self._loss, choices=choices, smoothing=smoothing)
         size = positions_at_once(self.decoder)
-        if len(hidden) <= size:
-            return self._loss(hidden, batch["targets"])
-        parts = zip(torch.split(hidden, size), torch.split(batch["targets"], size), strict=True)
-        losses = [checkpoint(self._loss, *part, use_reentrant=False) for part in parts]
+        if choices is not None or len(hidden) <= size:
+            return loss(hidden, targets)
+        parts = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+        losses = [checkpoint(loss, *part, use_reentrant=False) for part in parts]
         return torch.stack(losses).sum()
 
-    def _loss(self, hidden: Tensor, targets: Tensor, choices: Tensor | None = None) -> Tensor:
+    def _loss(
+        self, hidden: Tensor, targets: Tensor, choices: Tensor | None, smoothing: float
+    ) -> Tensor:
         logits = self.decoder.logits(hidden, choices)
-        return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.smoothing)
+        return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +181,7 @@ def score_rows(decoder: Decoder, rows: Sequences) -> RowScores:
             right = (logits.argmax(1) == truth).cpu().numpy()
             np.add.at(nll, owner, loss)
             np.add.at(hits, owner, right)
-            real = (truth != _IGNORED).cpu().numpy()
+            real = (truth != IGNORED).cpu().numpy()
             new = real & (np.diff(owner, prepend=-1) != 0) & (tokens[owner] == 0)
             first[owner[new]] = right[new]
             np.add.at(tokens, owner, real)
