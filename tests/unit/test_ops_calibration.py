@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_counts_are_those_of_the_values(kind: str) -> None:
     assert (histogram.low, histogram.high) == (min(x.min(), 0), max(x.max(), 0))
     assert histogram.total == len(x)
     edges = histogram.edges()
-    wanted = [((x >= a) & (x < b)).sum() for a, b in zip(edges, edges[1:], strict=False)]
+    wanted = [((x >= a) & (x < b)).sum() for a, b in pairwise(edges)]
     assert histogram.counts.tolist() == wanted
     size = np.abs(x)
     places = np.arange(SMALL) * histogram.width

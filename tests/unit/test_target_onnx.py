@@ -308,14 +308,10 @@ def test_folder_and_description(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "options", "reason"),
     [
-        (
-            {"bits": 8, "activation": "static"},
-            DEFAULT,
-            "and 1 more: activation static",
-        ),
+        ({"bits": 4, "activation": "static"}, DEFAULT, "static goes with INT8 per channel only"),
         ({"bits": 4, "activation": "dynamic_tensor"}, DEFAULT, "INT8 per channel only"),
         ({"bits": 8, "group_size": 8}, DEFAULT, "group_size 8"),
-        ({"bits": 8}, STANDARD, "opset 13 is float32 only, and 2 weights are quantized"),
+        ({"bits": 8}, STANDARD, "opset 13 is float32 or static INT8 only, and 2 weights"),
         (None, ExportOptions(opset=15), "opset 15: offered are 13"),
     ],
 )

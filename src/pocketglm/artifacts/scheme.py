@@ -15,8 +15,8 @@ class TensorScheme(Config):
     """Integers and scales of one weight [rows, columns], quantized along `columns` (K).
 
     bits: 4 or 8. group_size: columns that share a scale, None = the whole row (per channel).
-    activation: the form in which a runtime may quantize this layer's input; static: on the grid that
-    is stored beside the weight.
+    activation: the form in which a runtime may quantize this layer's input; static: on the grid
+    that is stored beside the weight.
     """
 
     bits: Literal[4, 8]

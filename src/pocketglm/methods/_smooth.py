@@ -5,7 +5,7 @@ weight's columns are multiplied by s, and whatever makes the input is divided by
 model computes the same. That needs a maker that can absorb the division exactly:
 
     layer                    input made by
-    attention.output         attention.value: a channel of the mix is a weighted mean of that channel
+    attention.output         attention.value: a channel of the mix is a mean of that channel
     ffn.down, if ReLU        ffn.up: relu(x / s) = relu(x) / s
 
 Not query, key, value and ffn.up: in a post-norm block their input, a LayerNorm's output, is also

@@ -44,6 +44,7 @@ from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import is_decoder, load_encoder, max_length_of, spec_of, stored_name
 from pocketglm.ops.calibration import Calibrator, calibrate
 from pocketglm.ops.fake_quant import InputGrid
+from pocketglm.ops.stored import check_finite
 from pocketglm.text.tokenizer import Tokenizer
 
 _MEASURED = 128  # rows with which changes of the output are measured
@@ -158,6 +159,8 @@ def _run(
     config: StaticConfig, ckpt: Checkpoint, folder: Path, context: StepContext
 ) -> Mapping[str, float]:
     model, rows = load_encoder(ckpt), _rows(config, ckpt, context)
+    for name, values in model.state_dict().items():
+        check_finite(ckpt, stored_name(ckpt, name), values)
     layers = _layers(config, ckpt)
     sample = rows.part(_MEASURED)
     wanted = outputs(model, sample)

@@ -11,8 +11,8 @@ edges of bins, so it lies within one bin of what the values themselves would giv
   is counted in the last bin of the true distribution, and not in the rounded one; this one has 128
   levels of |x|. Asymmetric ranges have 256 levels; the upper end is chosen first, then the lower.
 * mse: the least squared error, values taken to lie evenly in their bin. Symmetric: every range is
-  tried. Asymmetric: the best of all pairs of ends by the expected error (step^2 / 12 inside, clipping
-  outside) is improved one end at a time.
+  tried. Asymmetric: the best of all pairs of ends by the expected error (step^2 / 12 inside,
+  clipping outside) is improved one end at a time.
 
 Scales are float32. Symmetric: max(|low|, |high|) / 127, zero point 0. Asymmetric: the range over
 255 steps, zero point int8. Both use the integers from -128 to 127.
@@ -32,7 +32,7 @@ Calibrator = Literal["minmax", "percentile", "entropy", "mse"]
 
 _SCALE_MIN = 2.0**-60  # of inputs that were always 0
 _LEVELS = {True: 128, False: 256}  # by symmetry
-_ROUNDS = 2  # of improving both ends of an asymmetric mse range
+_ROUNDS, _REACH = 2, 64  # of improving an asymmetric mse range; how many bins an end may move
 _BATCH = 128  # ranges that are compared at a time: bounds the temporary memory
 
 Floats = npt.NDArray[np.float64]
@@ -195,15 +195,19 @@ def _mse_range(counts: Counts, zero: int, width: float) -> tuple[int, int]:
     start, stop = _rough_range(counts, zero, width)
     steps = HIGH - LOW
     for _ in range(_ROUNDS):
-        stops = np.arange(max(zero, start + 1), len(counts) + 1)
+        stops = _around(stop, max(zero, start + 1), len(counts))
         scales = (stops - start) * (width / steps)
         lows = np.full(len(stops), (start - zero) * width)
         stop = int(stops[_errors(counts, zero, width, lows, scales, steps).argmin()])
-        starts = np.arange(min(zero, stop - 1) + 1)
+        starts = _around(start, 0, min(zero, stop - 1))
         scales = (stop - starts) * (width / steps)
         lows = (starts - zero) * width
         start = int(starts[_errors(counts, zero, width, lows, scales, steps).argmin()])
     return start, stop
+
+
+def _around(place: int, least: int, most: int) -> npt.NDArray[Any]:
+    return np.arange(max(place - _REACH, least), min(place + _REACH, most) + 1)
 
 
 def _errors(

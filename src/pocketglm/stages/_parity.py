@@ -57,19 +57,20 @@ LIMITS = {
     "none": (0.0, 0.999),
     "dynamic_block": (0.5, 0.9),
     "dynamic_tensor": (1.5, 0.8),
-    "static": (0.5, 0.9),
+    "static": (1.0, 0.9),
     "mixed": (1.5, 0.8),
 }
 # Share by which the graph optimizer on and off may differ. On x86 they gave the same bits in every
 # quantized form tried (tests' small models, a 6-layer classifier in INT8) and 2e-6 in float32. But
 # a fusion may move a float by one rounding, and some integers with it: norm weights changed by one
 # rounding (2e-7) moved outputs by 0.16 at dynamic_tensor and 0.015 at dynamic_block. Twice that, or
-# more, is no rounding.
+# more, is no rounding. Static forms showed 0.04 to 0.36: one rounding that turns out the other way
+# is a whole step, which is wide where a range holds outliers, and later layers round what it moved.
 OPTIMIZER_LIMITS = {
     "none": 0.0,
     "dynamic_block": 0.1,
     "dynamic_tensor": 0.3,
-    "static": 0.3,
+    "static": 0.75,
     "mixed": 0.3,
 }
 _NEAR_TIE = 0.25  # of the output's standard deviation
