@@ -22,6 +22,7 @@ from pocketglm.ops.fake_quant import InputGrid
 from pocketglm.ops.stored import read_weight, store
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+GRID = InputGrid(0.05, -7)
 VOCAB = [*SPECIAL, *string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase)]
 
 
@@ -80,7 +81,7 @@ def save_tiny(
 
 
 def quantize_weights(
-    folder: Path, schemes: Mapping[str, TensorScheme], grid: InputGrid = InputGrid(0.05, -7)
+    folder: Path, schemes: Mapping[str, TensorScheme], grid: InputGrid = GRID
 ) -> Path:
     """Store weights as integers in place. A key is the end of stored names; the first one wins.
 

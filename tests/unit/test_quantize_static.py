@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -370,6 +371,9 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1
 
 
 def test_memory_does_not_grow_with_the_rows(data: DataOptions, tmp_path: Path) -> None:
+    """One layer's inputs of all 4096 rows would be 22 MB."""
+    # Without this, what the allocator keeps of blocks that were freed is 5 MB more or less.
+    given_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     source = save_tiny(tmp_path / "tiny")
     peaks = []
     for rows in (256, 4096):
@@ -379,7 +383,8 @@ def test_memory_does_not_grow_with_the_rows(data: DataOptions, tmp_path: Path) -
             capture_output=True,
             text=True,
             check=True,
+            env=given_back,
         )
         peaks.append(int(done.stdout) * 1024)
         assert effect(Checkpoint.open(Path(out)))["rows"] == rows
-    assert abs(peaks[1] - peaks[0]) < 6e6, peaks
+    assert abs(peaks[1] - peaks[0]) < 3e6, peaks

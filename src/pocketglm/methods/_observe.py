@@ -34,10 +34,12 @@ class SampleRows:
         cls, texts: Sequence[str], count: int, seed: int, tokenizer: Tokenizer, max_length: int
     ) -> SampleRows:
         """`count` texts (or all, if there are fewer), drawn by `seed`."""
-        chosen = np.random.default_rng(seed).permutation(len(texts))[:count]
-        tokens = tokenize(tokenizer, [texts[number] for number in sorted(chosen)], max_length)
-        order = np.argsort(tokens.lengths, kind="stable")
-        return cls([tokens.ids[number] for number in order], tokenizer.pad_id)
+        chosen = sorted(np.random.default_rng(seed).permutation(len(texts))[:count])
+        ids: list[npt.NDArray[np.int32]] = []
+        for start in range(0, len(chosen), _BATCH):  # a tokenizer's own results are large
+            part = [texts[number] for number in chosen[start : start + _BATCH]]
+            ids += tokenize(tokenizer, part, max_length).ids
+        return cls(sorted(ids, key=len), tokenizer.pad_id)
 
     def part(self, count: int) -> SampleRows:
         """`count` of the rows, of all lengths."""
