@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tracemalloc
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +22,19 @@ SMALL = 512  # bins: the oracles count them one by one
 def samples(kind: str, n: int = 6000) -> Array:
     """float32 values, as float64."""
     rng = np.random.default_rng(3)
-    x: Any = {
-        "normal": lambda: rng.normal(size=n),
-        "heavy tails": lambda: rng.standard_t(3, n),
-        "outliers": lambda: np.append(rng.normal(size=n - 4), [30.0, -17.0, 25.0, 41.0]),
-        "after gelu": lambda: torch.nn.functional.gelu(torch.from_numpy(rng.normal(size=n))),
-        "positive": lambda: rng.exponential(2.0, n),
-        "negative": lambda: -rng.exponential(0.01, n),
-        "far from 0": lambda: rng.normal(50.0, 1.0, n),
-    }[kind]()
-    return np.asarray(x, np.float32).astype(np.float64)
+    if kind == "outliers":
+        x = np.append(rng.normal(size=n - 4), [30.0, -17.0, 25.0, 41.0])
+    elif kind == "after gelu":
+        x = torch.nn.functional.gelu(torch.from_numpy(rng.normal(size=n))).numpy()
+    elif kind == "heavy tails":
+        x = rng.standard_t(3, n)
+    elif kind == "positive":
+        x = rng.exponential(2.0, n)
+    elif kind == "negative":
+        x = -rng.exponential(0.01, n)
+    else:
+        x = rng.normal(50.0 if kind == "far from 0" else 0.0, 1.0, n)
+    return x.astype(np.float32).astype(np.float64)
 
 
 KINDS = (
@@ -172,8 +174,9 @@ def mse_excess(bug: str, kind: str) -> float:
     x = samples(kind)
     histogram = filled(x)
     _, high = choose_range(histogram, "mse", symmetric=True)
-    best = oracle.error(x, *(2 * [oracle.mse_reach(x, histogram.width, bug)]), symmetric=True)
-    return abs(oracle.error(x, -high, high, True) / best - 1)
+    best = oracle.mse_reach(x, histogram.width, bug)
+    least = oracle.error(x, -best, best, True)
+    return abs(oracle.error(x, -high, high, True) / least - 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,7 +226,6 @@ def test_planted_bugs_are_caught() -> None:
     x = samples("after gelu")
     histogram = filled(x)
     caught = {}
-    sided = choose_range(histogram, "percentile", symmetric=True, percentile=99)
     tails = choose_range(histogram, "percentile", symmetric=False, percentile=99)
     grids = {s: grid_of(-0.171, 3.0, symmetric=s) for s in (True, False)}
     negative = filled(samples("negative"))
@@ -241,7 +243,6 @@ def test_planted_bugs_are_caught() -> None:
             mse_excess(bug, "outliers") > 0.02,
         ]
         caught[bug] = any(wrong)
-    assert sided[1] > 0
     assert all(caught.values()), caught
 
 

@@ -232,7 +232,8 @@ def smoothing_differs(path: Path, bug: str = "", alpha: float = 0.7) -> bool:
             model(one, torch.ones_like(one))
     handle.remove()
     x = torch.cat([i[0] for i in inputs]).double().numpy()
-    wanted = oracle.smoothed(x, *old, alpha, bug)
+    maker, bias, reader = old
+    wanted = oracle.smoothed(x, maker, bias, reader, alpha, bug)
     smooth(model, pairs, channel_maxima(model, list(pairs), rows, Silent()), alpha)
     found = (attention.value.weight, attention.value.bias, attention.output.weight)
     return any(

@@ -16,6 +16,7 @@ GELU, which is not linear.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,7 @@ def smooth(
 ) -> None:
     """Rescale the layers and makers in `pairs` in place. maxima: of |x| by channel, float32 [K]."""
     for layer, maker in pairs.items():
-        reader, source = model.get_submodule(layer), model.get_submodule(maker)
-        assert isinstance(reader, nn.Linear)
-        assert isinstance(source, nn.Linear)
+        reader, source = (cast(nn.Linear, model.get_submodule(name)) for name in (layer, maker))
         s = factors(maxima[layer], reader.weight.abs().amax(0), alpha)
         reader.weight.mul_(s)
         source.weight.div_(s[:, None])

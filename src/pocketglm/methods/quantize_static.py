@@ -4,7 +4,8 @@ Every linear layer of an encoder gets INT8 weights per output channel (`ops/affi
 for its input. The rows pass through the float model once; each input is counted in a histogram of
 fixed size (`ops/histogram.py`), from which a calibrator chooses the range (`ops/calibration.py`).
 Memory beside the model is 16 KiB for each input, one batch of 32 rows, and the rows' token ids (0.2
-KB a row): 4096 rows of a small model took as much as 256, to 0.4 MB. SmoothQuant (`_smooth.py`) adds a pass for the channels' maxima.
+KB a row): 4096 rows of a small model took as much as 256, to 0.4 MB. SmoothQuant (`_smooth.py`)
+adds a pass for the channels' maxima.
 
 Query, key and value see the same input; they share a grid, and stay float together.
 """
@@ -207,8 +208,7 @@ def _run(
 
 
 def _rows(config: StaticConfig, ckpt: Checkpoint, context: StepContext) -> SampleRows:
-    assert context.rows is not None  # needs_rows
-    texts = [row.text for row in context.rows.train]
+    texts = [row.text for row in context.rows.train] if context.rows else []
     tokenizer = Tokenizer.load(ckpt.path)
     return SampleRows.draw(texts, config.rows, context.seed, tokenizer, max_length_of(ckpt))
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,20 +86,19 @@ def fake_quant_weight(
 def _straight_through(x: Tensor, value: Tensor, inside: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad):
         return value
-    result: Tensor = _StraightThrough.apply(x, value, inside)  # type: ignore[no-untyped-call]
-    return result
+    return cast(Tensor, _StraightThrough.apply(x, value, inside))  # type: ignore[no-untyped-call]
 
 
 class _StraightThrough(torch.autograd.Function):
     """Gives `value`; its gradient goes to `x` where `inside`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, inside: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, value: Tensor, inside: Tensor) -> Tensor:
         ctx.save_for_backward(inside)
         return value
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (inside,) = ctx.saved_tensors
         return gradient * inside, None, None
 

@@ -64,13 +64,13 @@ class Histogram:
                 "checkpoint",
             )
         self._cover(low, high)
-        for part in flat.split(_CHUNK):
+        for part in torch.split(flat, _CHUNK):
             bins = torch.floor(part.double() / self.width).long() - self.start
             self.counts += torch.bincount(bins, minlength=self.bins).numpy()
 
     def edges(self) -> npt.NDArray[np.float64]:
         """The ends of the bins, float64 [bins + 1]."""
-        return (self.start + np.arange(self.bins + 1)) * self.width
+        return (self.start + np.arange(self.bins + 1, dtype=np.float64)) * np.float64(self.width)
 
     def folded(self) -> Counts:
         """Counts of |x| by bin, int64 [bins]: bin i holds |x| from i to i + 1 widths."""
