@@ -206,7 +206,7 @@ def test_dynamic_activations(form: str, tmp_path: Path) -> None:
     assert 1e-5 < difference < 0.3 * wanted.std()
     assert (lowered.activation, file.name) == (activation, name)
     assert operator in lowered.operators
-    oldest = {"DynamicQuantizeMatMul": "1.15", "MatMulNBits": "1.22"}
+    oldest = {"DynamicQuantizeMatMul": "1.16", "MatMulNBits": "1.22"}
     int4 = form == "int4 block, int8 words"
     assert lowered.minimum["onnxruntime"] == (
         "1.19" if int4 else oldest[operator.removeprefix("com.microsoft.")]

@@ -47,6 +47,7 @@ def lower(folder: Path, out: Path, opset: int | None) -> Path:
     assert TARGET.supports(ckpt, options) == []
     lowered = TARGET.lower(ckpt, out, options, Silent())
     assert lowered.activation == "static"
+    assert lowered.minimum["onnxruntime"] == ("1.15" if opset else "1.16")
     return out / lowered.model_file
 
 
