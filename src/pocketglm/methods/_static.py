@@ -109,14 +109,16 @@ def write_static(
     """
     writer = safetensors.Writer(folder / WEIGHTS, layout_of(ckpt, schemes))
     lost = total = 0.0
-    for name, info in ckpt.tensors.items():
+    for name in ckpt.tensors:
         scheme, changed = schemes.get(name), weights.get(name)
-        stored = as_tensor(ckpt.read(name)) if changed is None else changed.detach().cpu()
-        if scheme is None:
-            dtype = as_tensor(ckpt.read(name, 0, 0) if info.shape else ckpt.read(name)).dtype
-            writer.write(name, as_array(stored.to(dtype)))
+        if scheme is None and changed is None:
+            writer.write(name, ckpt.read(name))
             continue
-        weight = stored.float()
+        stored = as_tensor(ckpt.read(name))
+        weight = (stored if changed is None else changed.detach().cpu()).float()
+        if scheme is None:
+            writer.write(name, as_array(weight.to(stored.dtype)))
+            continue
         check_finite(ckpt, name, weight)
         q, scales, zeros = quantize(weight, scheme, search=search)
         for part, array in store(name, q, scales, zeros, scheme, grids.get(name)).items():
