@@ -5,7 +5,8 @@
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 The models wrap our `Encoder` or `Decoder` and load through our reader, so quantized folders open
-too (dequantized; inputs with a fixed grid are rounded to it). Only on demand: nothing else in the package imports transformers' model classes.
+too (dequantized; inputs with a fixed grid are rounded to it). Only on demand: nothing else in the
+package imports transformers' model classes.
 """
 
 from __future__ import annotations
