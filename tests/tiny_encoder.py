@@ -18,9 +18,11 @@ from pocketglm.model.encoder import Encoder, init_encoder
 from pocketglm.model.hf import save_encoder
 from pocketglm.model.spec import EncoderSpec
 from pocketglm.ops.affine import quantize
+from pocketglm.ops.fake_quant import InputGrid
 from pocketglm.ops.stored import read_weight, store
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+GRID = InputGrid(0.05, -7)
 VOCAB = [*SPECIAL, *string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase)]
 
 
@@ -78,8 +80,13 @@ def save_tiny(
     return folder
 
 
-def quantize_weights(folder: Path, schemes: Mapping[str, TensorScheme]) -> Path:
-    """Store weights as integers in place. A key is the end of stored names; the first one wins."""
+def quantize_weights(
+    folder: Path, schemes: Mapping[str, TensorScheme], grid: InputGrid = GRID
+) -> Path:
+    """Store weights as integers in place. A key is the end of stored names; the first one wins.
+
+    grid: of every static layer's input.
+    """
     ckpt = Checkpoint.open(folder)
     arrays: list[tuple[str, Any]] = []
     chosen: dict[str, TensorScheme] = {}
@@ -90,7 +97,7 @@ def quantize_weights(folder: Path, schemes: Mapping[str, TensorScheme]) -> Path:
             continue
         chosen[name] = scheme
         q, scales, zeros = quantize(read_weight(ckpt, name), scheme, search=False)
-        arrays.extend(store(name, q, scales, zeros, scheme).items())
+        arrays.extend(store(name, q, scales, zeros, scheme, grid).items())
     safetensors.write_file(folder / "model.safetensors", arrays)
     write_json(folder / MANIFEST, ckpt.manifest.model_copy(update={"schemes": chosen}))
     return folder

@@ -9,16 +9,21 @@ import pytest
 import torch
 import transformers
 from tiny_decoder import save_tiny_decoder
+from tiny_encoder import quantize_weights, save_tiny
 
 import pocketglm.model.auto
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.manifest import Manifest
+from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.contracts import RunOptions
 from pocketglm.model.encoder import Encoder, init_encoder, with_classifier
 from pocketglm.model.hf import load_decoder, load_encoder, save_encoder
 from pocketglm.model.spec import EncoderSpec
+from pocketglm.runtimes.torch import TorchSession
 from pocketglm.stages.compress import compress
 from pocketglm.stages.plan import Plan
 
+STATIC = TensorScheme(bits=8, activation="static")
 LABELS = ["play", "stop", "停"]
 IDS = torch.arange(12).reshape(2, 6)
 MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
@@ -111,3 +116,18 @@ def test_pipeline_answers_with_our_labels(tmp_path: Path, minilm: Path) -> None:
         logits = model(rows["input_ids"], rows["attention_mask"])[0]
     assert answer["label"] == LABELS[int(logits.argmax())]
     assert answer["score"] == pytest.approx(float(logits.softmax(0).max()), abs=1e-5)
+
+
+def test_fixed_grids_are_used(tmp_path: Path) -> None:
+    """A mean-pooled classifier with static inputs computes what the torch runtime does."""
+    folder = quantize_weights(save_tiny(tmp_path / "ckpt"), {".dense.weight": STATIC})
+    session = TorchSession(Checkpoint.open(folder), RunOptions())
+    assert session.info.activation == "static"
+    wanted = session.logits(IDS.numpy(), MASK.numpy())
+    with torch.inference_mode():
+        theirs = opened("AutoModelForSequenceClassification", folder)(IDS, MASK)
+        plain = load_encoder(Checkpoint.open(folder))(IDS, MASK)
+        body = opened("AutoModel", folder)(IDS, MASK)
+    assert torch.equal(theirs.logits, torch.from_numpy(wanted))
+    assert not torch.equal(theirs.logits, plain)
+    assert body.last_hidden_state.shape == (2, 6, 128)

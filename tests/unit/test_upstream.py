@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_bert import save_tiny_bert
+from tiny_encoder import save_tiny
 from transformers import AutoModel, AutoModelForSequenceClassification, CompressedTensorsConfig
 
 from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.contracts import DataOptions, RunOptions
 from pocketglm.model.hf import load_encoder
-from pocketglm.ops.stored import read_weight
+from pocketglm.ops.stored import read_grid, read_weight
+from pocketglm.runtimes.torch import TorchSession
 from pocketglm.stages._upstream import WITH_DEQUANTIZE, YES, opens_in_transformers
 from pocketglm.stages.compress import compress
 from pocketglm.stages.plan import Plan
@@ -105,6 +108,46 @@ def test_does_not_open(case: str, source: Path, tmp_path: Path) -> None:
     assert ckpt.config["model_type"] == "pocketglm"
     assert "quantization_config" not in ckpt.config
     assert load_encoder(ckpt)
+
+
+@pytest.mark.parametrize("weights", [{}, ASYM], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("symmetric_inputs", [True, False])
+def test_static_inputs_open_as_they_are(
+    weights: dict[str, Any], symmetric_inputs: bool, tmp_path: Path
+) -> None:
+    """Weights without any difference, and inputs rounded by the same grids."""
+    source = save_tiny(tmp_path / "tiny", pooling="cls", pooler=True)
+    rows = [{"text": " ".join("abcd"[: 1 + n % 4]), "label": f"label {n % 3}"} for n in range(30)]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(lines)
+    settings = {"embeddings": 8, "head": 8, "symmetric_inputs": symmetric_inputs, **weights}
+    plan = Plan.single("quantize_static", settings)
+    compress(source, plan, tmp_path / "out", data=DataOptions(tmp_path))
+    ckpt = Checkpoint.open(tmp_path / "out")
+    assert opens_in_transformers(ckpt) == YES
+    groups = ckpt.config["quantization_config"]["config_groups"].values()
+    inputs = [group["input_activations"] for group in groups if group["input_activations"]]
+    assert [(i["strategy"], i["dynamic"], i["num_bits"]) for i in inputs] == [("tensor", False, 8)]
+    assert same_weights(ckpt, AutoModelForSequenceClassification, dequantize=False)
+
+    model = AutoModelForSequenceClassification.from_pretrained(ckpt.path).eval()
+    query = model.bert.encoder.layer[0].attention.self.query
+    grid = read_grid(ckpt, "bert.encoder.layer.0.attention.self.query.weight")
+    assert grid is not None
+    assert (grid.zero_point == 0) == symmetric_inputs
+    assert query.input_scale.dtype == torch.float32
+    assert (query.input_scale.item(), query.input_zero_point.item()) == (
+        grid.scale,
+        grid.zero_point,
+    )
+    ids = torch.tensor([[2, 5, 6, 7, 3], [2, 9, 30, 8, 3]])
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        theirs = model(ids, attention_mask=mask).logits
+        plain = load_encoder(ckpt)(ids, mask)
+    ours = TorchSession(ckpt, RunOptions()).logits(ids.numpy(), mask.numpy())
+    assert (theirs - torch.from_numpy(ours)).abs().max() < 0.3 * (theirs - plain).abs().max()
 
 
 def test_a_float_checkpoint_opens(source: Path) -> None:

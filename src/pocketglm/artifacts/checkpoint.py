@@ -6,6 +6,7 @@ Never runs code from the folder and never unpickles. Opening reads headers only.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,23 @@ class Checkpoint:
     def digest(self) -> str:
         """sha256 over the names and contents of `files`."""
         return digest_files(self.path, self.files)
+
+
+def copy_side_files(ckpt: Checkpoint, folder: Path) -> None:
+    """Tokenizer, pooling and the like: everything but weights, config and manifest."""
+    weights = {info.file.name for info in ckpt.tensors.values()}
+    for file in ckpt.files:
+        name = file.relative_to(ckpt.path)
+        if file.name in weights or name.name.endswith(".safetensors.index.json"):
+            continue
+        if str(name) not in ("config.json", MANIFEST):
+            copy_file(file, folder / name)
+
+
+def copy_file(file: Path, target: Path) -> None:
+    """A copy, and the folder for it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, target)
 
 
 def _refuse_gguf(folder: Path) -> None:

@@ -15,7 +15,8 @@ class TensorScheme(Config):
     """Integers and scales of one weight [rows, columns], quantized along `columns` (K).
 
     bits: 4 or 8. group_size: columns that share a scale, None = the whole row (per channel).
-    activation: the form in which a runtime may quantize this layer's input.
+    activation: the form in which a runtime may quantize this layer's input; static: on the grid
+    that is stored beside the weight.
     """
 
     bits: Literal[4, 8]
@@ -38,10 +39,10 @@ class TensorScheme(Config):
 
         The layout is that of `ops/stored.py`: asymmetric INT4 has float32 scales, else bf16.
         """
-        groups = self.groups(columns)
+        groups, grid = self.groups(columns), 5 if self.activation == "static" else 0
         if self.bits == 8:
-            return rows * columns + rows * groups * (2 if self.symmetric else 3)
-        integers = rows * -(-columns // 8) * 4
+            return rows * columns + rows * groups * (2 if self.symmetric else 3) + grid
+        integers = rows * -(-columns // 8) * 4 + grid
         if self.symmetric:
             return integers + 2 * rows * groups
         return integers + 4 * rows * groups + 4 * -(-rows // 8) * groups

@@ -30,7 +30,9 @@ def main(
     target: Annotated[str, typer.Option(help="Targets, separated by commas, e.g. onnx.")] = "onnx",
     opset: Annotated[
         int | None,
-        typer.Option(help="ONNX opset; 13 = standard operators only, for old devices (fp32)."),
+        typer.Option(
+            help="ONNX opset; 13 = standard operators only, for old devices (fp32 or static INT8)."
+        ),
     ] = None,
     max_length: Annotated[
         int | None,

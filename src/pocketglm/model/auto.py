@@ -5,12 +5,15 @@
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 The models wrap our `Encoder` or `Decoder` and load through our reader, so quantized folders open
-too (dequantized). Only on demand: nothing else in the package imports transformers' model classes.
+too (dequantized; inputs with a fixed grid are rounded to it). Only on demand: nothing else in the
+package imports transformers' model classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +38,8 @@ from pocketglm.artifacts.manifest import Manifest
 from pocketglm.model.decoder import Decoder
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import load_decoder, load_encoder, save_decoder, save_encoder
+from pocketglm.model.inputs import input_grids
+from pocketglm.ops.fake_quant import InputGrid, quantized_inputs
 
 
 class PocketGLMConfig(BertConfig):  # type: ignore[no-untyped-call]
@@ -53,10 +58,17 @@ class PocketGLMModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     config_class = PocketGLMConfig
     base_model_prefix = "encoder"
 
-    def __init__(self, config: PocketGLMConfig, encoder: Encoder, manifest: Manifest) -> None:
+    def __init__(
+        self,
+        config: PocketGLMConfig,
+        encoder: Encoder,
+        manifest: Manifest,
+        grids: Mapping[str, InputGrid] = MappingProxyType({}),
+    ) -> None:
         super().__init__(config)
         self.encoder = encoder
         self.manifest = manifest
+        self.grids = grids  # inputs of the encoder's layers are rounded to these
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -65,7 +77,8 @@ class PocketGLMModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """Open a folder (never a hub id). Of the keyword arguments, `config` and `dtype` count."""
         ckpt = Checkpoint.open(path)
         config = config or PocketGLMConfig.from_pretrained(path)
-        model = cls(config, load_encoder(ckpt), ckpt.manifest)
+        encoder = load_encoder(ckpt)
+        model = cls(config, encoder, ckpt.manifest, input_grids(ckpt, encoder))
         _settle(model, kwargs)
         return model
 
@@ -88,8 +101,9 @@ class PocketGLMModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     ) -> Any:
         """input_ids [B, S] right-padded -> last_hidden_state [B, S, H], pooler_output [B, H]."""
         mask = _mask(input_ids, attention_mask, token_type_ids)
-        hidden = self.encoder.hidden(input_ids, mask)
-        pooled = self.encoder.pool(hidden, mask)
+        with quantized_inputs(self.encoder, self.grids):
+            hidden = self.encoder.hidden(input_ids, mask)
+            pooled = self.encoder.pool(hidden, mask)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
 
 
@@ -105,7 +119,8 @@ class PocketGLMForSequenceClassification(PocketGLMModel):  # type: ignore[no-unt
         **_: Any,
     ) -> Any:
         """input_ids [B, S] right-padded -> logits float32 [B, C]."""
-        logits = self.encoder(input_ids, _mask(input_ids, attention_mask, token_type_ids))
+        with quantized_inputs(self.encoder, self.grids):
+            logits = self.encoder(input_ids, _mask(input_ids, attention_mask, token_type_ids))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 

@@ -10,6 +10,9 @@ Layout of the compressed-tensors formats for a weight `X.weight` [N, K] with G s
 
 Asymmetric INT4 has F32 scales (the same values): transformers opens it with `dequantize=True` only,
 which computes in the scale's type and would round the weights to bf16.
+
+A layer with static activations also stores the grid of its input, `X.input_scale` F32 [1] and
+`X.input_zero_point` I8 [1] (0 where it is symmetric).
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.errors import CheckpointError
 from pocketglm.ops.affine import dequantize
+from pocketglm.ops.fake_quant import InputGrid
 from pocketglm.ops.packing import pack_int32, unpack_int32
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -37,12 +41,16 @@ _PARTS = ("packed", "scale", "zero_point", "shape")
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """One stored weight: q int8 [N, K], scales float32 [N, G], zero points int8 [N, G] or None."""
+    """One stored weight: q int8 [N, K], scales float32 [N, G], zero points int8 [N, G] or None.
+
+    grid: that of the layer's input, where activations are static.
+    """
 
     q: torch.Tensor
     scales: torch.Tensor
     zero_points: torch.Tensor | None
     scheme: TensorScheme
+    grid: InputGrid | None = None
 
     def dequantized(self) -> torch.Tensor:
         """float32 [N, K]."""
@@ -74,18 +82,28 @@ def stored_layout(
         return {name: (dtype, shape)}
     rows, columns = shape
     scales = (rows, scheme.groups(columns))
+    grid: Layout = {}
+    if scheme.activation == "static":
+        scale, zero = _grid_names(name)
+        grid = {scale: ("F32", (1,)), zero: ("I8", (1,))}
     if scheme.bits == 8:
         layout: Layout = {name: ("I8", shape), f"{name}_scale": ("BF16", scales)}
         if not scheme.symmetric:
             layout[f"{name}_zero_point"] = ("I8", scales)
-        return layout
+        return layout | grid
     layout = {
         f"{name}_packed": ("I32", (rows, -(-columns // 8))),
         f"{name}_scale": ("BF16" if scheme.symmetric else "F32", scales),
     }
     if not scheme.symmetric:
         layout[f"{name}_zero_point"] = ("I32", (-(-rows // 8), scales[1]))
-    return layout | {f"{name}_shape": ("I64", (2,))}
+    return layout | {f"{name}_shape": ("I64", (2,))} | grid
+
+
+def _grid_names(name: str) -> tuple[str, str]:
+    """The tensors of the scale and the zero point of a layer's input, by its weight's name."""
+    base = name.removesuffix("weight")
+    return f"{base}input_scale", f"{base}input_zero_point"
 
 
 def store(
@@ -94,19 +112,32 @@ def store(
     scales: torch.Tensor,
     zero_points: torch.Tensor | None,
     scheme: TensorScheme,
+    grid: InputGrid | None = None,
 ) -> dict[str, npt.NDArray[Any]]:
-    """Arrays of `stored_layout` for q int8 [N, K], scales [N, G], zero points int8 [N, G]."""
+    """Arrays of `stored_layout` for q int8 [N, K], scales [N, G], zero points int8 [N, G].
+
+    grid: of the layer's input, if activations are static.
+    """
+    inputs: dict[str, npt.NDArray[Any]] = {}
+    if scheme.activation == "static":
+        if grid is None:
+            raise ValueError(f"{name}: static activations need the grid of the layer's input")
+        first, second = _grid_names(name)
+        inputs = {
+            first: np.array([grid.scale], np.float32),
+            second: np.array([grid.zero_point], np.int8),
+        }
     bf16 = scheme.bits == 8 or scheme.symmetric
     scale = as_array(scales.to(torch.bfloat16 if bf16 else torch.float32))
     if scheme.bits == 8:
         arrays = {name: as_array(q), f"{name}_scale": scale}
         if zero_points is not None:
             arrays[f"{name}_zero_point"] = as_array(zero_points)
-        return arrays
+        return arrays | inputs
     arrays = {f"{name}_packed": pack_int32(q), f"{name}_scale": scale}
     if zero_points is not None:  # packed along the rows
         arrays[f"{name}_zero_point"] = np.ascontiguousarray(pack_int32(zero_points.T).T)
-    return arrays | {f"{name}_shape": np.array(q.shape, np.int64)}
+    return arrays | {f"{name}_shape": np.array(q.shape, np.int64)} | inputs
 
 
 def read_quantized(
@@ -136,10 +167,29 @@ def read_quantized(
     stop = shape[0] if stop is None else min(stop, shape[0])
     scales = as_tensor(ckpt.read(f"{name}_scale", start, stop)).float()
     zero = None if scheme.symmetric else _zero_points(ckpt, name, scheme, start, stop)
+    grid = read_grid(ckpt, name)
     if scheme.bits == 8:
-        return Quantized(as_tensor(ckpt.read(name, start, stop)), scales, zero, scheme)
+        return Quantized(as_tensor(ckpt.read(name, start, stop)), scales, zero, scheme, grid)
     packed = ckpt.read(f"{name}_packed", start, stop)
-    return Quantized(unpack_int32(packed, shape[1]), scales, zero, scheme)
+    return Quantized(unpack_int32(packed, shape[1]), scales, zero, scheme, grid)
+
+
+def read_grid(ckpt: Checkpoint, name: str) -> InputGrid | None:
+    """The grid of the input of the layer with weight `name`; None: not static.
+
+    Raises:
+        CheckpointError: it should be there and is missing, or its scale is not positive.
+    """
+    scheme = ckpt.manifest.schemes.get(name)
+    if scheme is None or scheme.activation != "static":
+        return None
+    scale, zero = (ckpt.read(part) for part in _grid_names(name))
+    if not (np.isfinite(scale[0]) and scale[0] > 0):
+        raise CheckpointError(
+            f"{ckpt.path}: '{_grid_names(name)[0]}' is {scale[0]}, a scale is positive",
+            "the file is damaged: calibrate the model again",
+        )
+    return InputGrid(float(scale[0]), int(zero[0]))
 
 
 def _zero_points(
@@ -202,7 +252,7 @@ def parameter_counts(ckpt: Checkpoint) -> dict[str, int]:
     """How many values each unquantized tensor or quantized weight stands for."""
     schemes = ckpt.manifest.schemes
     # Not only the schemes' own parts: a tied head's scales are stored beside its embedding's.
-    ends = tuple(f".weight_{part}" for part in _PARTS)
+    ends = (*(f".weight_{part}" for part in _PARTS), *_grid_names("."))
     whole = {n: i.size for n, i in ckpt.tensors.items() if not n.endswith(ends)}
     counts = {name: size for name, size in whole.items() if name not in schemes}
     return counts | {name: math.prod(_shape(ckpt, name, s)) for name, s in schemes.items()}

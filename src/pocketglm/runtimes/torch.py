@@ -22,16 +22,23 @@ from pocketglm.model.hf import (
     load_encoder,
     max_length_of,
 )
+from pocketglm.model.inputs import input_grids
+from pocketglm.ops.fake_quant import quantized_inputs
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.runtimes._text import check_rewind, check_tokens, context_of
 
 
 class TorchSession:
-    """An open encoder; quantized weights were dequantized to float32 when it was opened."""
+    """An open encoder; quantized weights were dequantized to float32 when it was opened.
+
+    Inputs that a layer quantizes on a fixed grid (static) are rounded to it, as every runtime
+    will; the dynamic forms differ from runtime to runtime, here they stay float.
+    """
 
     def __init__(self, ckpt: Checkpoint, options: RunOptions) -> None:
         self._path = ckpt.path
         self._model = load_encoder(ckpt)
+        self._grids = input_grids(ckpt, self._model)
         self._threads = options.threads or usable_cores()
         spec = self._model.spec
         self.info = SessionInfo(
@@ -40,6 +47,7 @@ class TorchSession:
             labels=tuple(labels_of(ckpt)),
             max_length=max_length_of(ckpt),
             pooling=spec.pooling,
+            activation="static" if self._grids else "none",
             threads=self._threads,
         )
 
@@ -56,7 +64,8 @@ class TorchSession:
                 f"token id {worst} is outside the vocabulary of {self._path} ({rows} ids)",
                 "the tokenizer belongs to another model: use this model's tokenizer.json",
             )
-        with torch.inference_mode(), _threads(self._threads):
+        rounded = quantized_inputs(self._model, self._grids)
+        with torch.inference_mode(), _threads(self._threads), rounded:
             out = self._model(_tensor(ids), _tensor(mask))
         result: Floats = out.numpy()
         return result

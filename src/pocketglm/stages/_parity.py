@@ -3,7 +3,8 @@
 Three comparisons on embedded sample sentences of 1 to `max_length` tokens:
 * block by block, activation quantization off: each block of the checkpoint in PyTorch gets what the
   file's own previous block gave, so that errors do not add up and the faulty block is named;
-* the whole file as shipped, in its runtime, against the checkpoint in float32;
+* the whole file as shipped, in its runtime, against the checkpoint in float32; static activations,
+  whose grids are the checkpoint's own, are rounded on both sides;
 * the runtime's graph optimizer on against off.
 """
 
@@ -23,6 +24,8 @@ from pocketglm.contracts import Floats, Ids, Reporter, RunOptions, Target
 from pocketglm.errors import ParityError
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import load_encoder, stored_name
+from pocketglm.model.inputs import input_grids
+from pocketglm.ops.fake_quant import quantized_inputs
 from pocketglm.ops.stored import check_finite, parameter_counts
 from pocketglm.runtimes import open_encoder
 from pocketglm.text.tokenizer import Tokenizer
@@ -54,14 +57,22 @@ LIMITS = {
     "none": (0.0, 0.999),
     "dynamic_block": (0.5, 0.9),
     "dynamic_tensor": (1.5, 0.8),
+    "static": (1.0, 0.9),
     "mixed": (1.5, 0.8),
 }
 # Share by which the graph optimizer on and off may differ. On x86 they gave the same bits in every
 # quantized form tried (tests' small models, a 6-layer classifier in INT8) and 2e-6 in float32. But
 # a fusion may move a float by one rounding, and some integers with it: norm weights changed by one
 # rounding (2e-7) moved outputs by 0.16 at dynamic_tensor and 0.015 at dynamic_block. Twice that, or
-# more, is no rounding.
-OPTIMIZER_LIMITS = {"none": 0.0, "dynamic_block": 0.1, "dynamic_tensor": 0.3, "mixed": 0.3}
+# more, is no rounding. Static forms showed 0.04 to 0.36: one rounding that turns out the other way
+# is a whole step, which is wide where a range holds outliers, and later layers round what it moved.
+OPTIMIZER_LIMITS = {
+    "none": 0.0,
+    "dynamic_block": 0.1,
+    "dynamic_tensor": 0.3,
+    "static": 0.75,
+    "mixed": 0.3,
+}
 _NEAR_TIE = 0.25  # of the output's standard deviation
 
 
@@ -91,7 +102,7 @@ def check_parity(
         for name, difference in _compare_blocks(model, target, file, batch).items():
             blocks[name] = max(difference, blocks.get(name, 0.0))
     reporter.say("checking parity of the whole file, graph optimizer on and off")
-    with torch.inference_mode():
+    with torch.inference_mode(), quantized_inputs(model, input_grids(ckpt, model)):
         wanted = np.concatenate([_torch(model, batch).numpy() for batch in batches])
     shipped, plain = (
         _run(folder, batches, RunOptions(optimize=optimize)) for optimize in (True, False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from pocketglm.artifacts import safetensors
-from pocketglm.artifacts.checkpoint import Checkpoint, TensorInfo
+from pocketglm.artifacts.checkpoint import Checkpoint, TensorInfo, copy_side_files
 from pocketglm.artifacts.manifest import (
     MANIFEST,
     Manifest,
@@ -102,7 +101,7 @@ class StepJob:
                 self.ceiling.check()
                 self.reporter.progress(self.step.method, done, len(self.ckpt.tensors), chunk.name)
         writer.close()
-        _copy_side_files(self.ckpt, folder)
+        copy_side_files(self.ckpt, folder)
         effect = {
             "weights": float(len(new)),
             "weight_error": float(f"{math.sqrt(lost / total) if total else 0.0:.6g}"),
@@ -247,23 +246,6 @@ def upstream_config(ckpt: Checkpoint, manifest: Manifest) -> dict[str, Any]:
     if not manifest.schemes:
         return config
     return config | {"quantization_config": quantization_config(manifest.schemes, ckpt.tensors)}
-
-
-def _copy_side_files(ckpt: Checkpoint, folder: Path) -> None:
-    """Tokenizer, pooling and the like: everything but weights, config and manifest."""
-    weights = {info.file.name for info in ckpt.tensors.values()}
-    for file in ckpt.files:
-        name = file.relative_to(ckpt.path)
-        if file.name in weights or name.name.endswith(".safetensors.index.json"):
-            continue
-        if str(name) not in ("config.json", MANIFEST):
-            copy_file(file, folder / name)
-
-
-def copy_file(file: Path, target: Path) -> None:
-    """A copy, and the folder for it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, target)
 
 
 def stored_bytes(ckpt: Checkpoint) -> int:

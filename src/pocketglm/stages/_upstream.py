@@ -94,12 +94,13 @@ def _weights(scheme: TensorScheme) -> dict[str, Any]:
 
 
 def _activations(scheme: TensorScheme) -> dict[str, Any] | None:
-    """The dynamic forms that upstream can express; the others are in pocketglm.json alone.
+    """The forms that upstream can express; the others are in pocketglm.json alone.
 
     With one of these transformers rounds the inputs too, as the runtime will: the weights are
     ours exactly, the logits are not those of the float computation.
     """
-    strategy = {"dynamic_tensor": "tensor", "dynamic_token": "token"}.get(scheme.activation)
+    forms = {"dynamic_tensor": "tensor", "dynamic_token": "token", "static": "tensor"}
+    strategy = forms.get(scheme.activation)
     if strategy is None:
         return None
     return {
@@ -107,7 +108,7 @@ def _activations(scheme: TensorScheme) -> dict[str, Any] | None:
         "type": "int",
         "symmetric": False,
         "strategy": strategy,
-        "dynamic": True,
+        "dynamic": scheme.activation != "static",
         "observer": None,
     }
 

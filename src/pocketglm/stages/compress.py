@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pocketglm.artifacts.checkpoint import Checkpoint, TensorInfo
+from pocketglm.artifacts.checkpoint import Checkpoint, TensorInfo, copy_file
 from pocketglm.artifacts.manifest import MANIFEST, digest_value, tool_versions, write_json
 from pocketglm.artifacts.output import free_bytes, is_done, output_folder
 from pocketglm.artifacts.schemas import CompressResult, StepResult
@@ -30,7 +30,6 @@ from pocketglm.stages._step import (
     StepJob,
     chunk_size,
     code_digest,
-    copy_file,
     step_layout,
     stored_bytes,
 )

@@ -6,6 +6,7 @@ same initializers, dequantized; so a wrong integer, scale or connection in the f
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import onnx
@@ -21,7 +22,8 @@ def float_blocks(file: Path, ids: Ids, mask: Ids) -> list[tuple[str, Floats]]:
     """ids, mask [B, S] -> values after `embeddings` and each `block.I` [B, S, H]; `head` [B, C]."""
     model = onnx.load(str(file))
     named = [output for node in model.graph.node for output in node.output]
-    nodes = [new for node in model.graph.node for new in _in_float(node)]
+    rounded = {node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    nodes = [new for node in model.graph.node for new in _in_float(node, rounded)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     ends = [name for name in named if name == "embeddings" or name.startswith("block.")]
@@ -40,7 +42,8 @@ def float_blocks(file: Path, ids: Ids, mask: Ids) -> list[tuple[str, Floats]]:
     return list(zip([*ends, "head"], values, strict=True))
 
 
-def _in_float(node: NodeProto) -> list[NodeProto]:
+def _in_float(node: NodeProto, rounded: Collection[str]) -> list[NodeProto]:
+    """The node without rounding; `rounded` are the outputs of QuantizeLinear."""
     if node.op_type == "DynamicQuantizeMatMul":
         x, weight, scales, zeros, bias = node.input
         product = f"{node.name}.product"
@@ -54,6 +57,10 @@ def _in_float(node: NodeProto) -> list[NodeProto]:
         exact.CopyFrom(node)
         next(a for a in exact.attribute if a.name == "accuracy_level").i = 1
         return [exact]
+    if node.op_type == "QuantizeLinear" or (
+        node.op_type == "DequantizeLinear" and node.input[0] in rounded
+    ):
+        return [helper.make_node("Identity", node.input[:1], list(node.output))]
     return [node]
 
 

@@ -92,9 +92,9 @@ class EncoderGraph:
         """
         g, heads = self.g, self.spec.heads()[index]
         layers = [f"blocks.{index}.attention.{name}" for name in ("query", "key", "value")]
-        schemes = [self.weights.scheme(f"{layer}.weight") for layer in layers]
-        alike = schemes.count(schemes[0]) == len(schemes)
-        scheme = schemes[0]
+        names = [f"{layer}.weight" for layer in layers]
+        forms = [(self.weights.scheme(name), self.weights.grid(name)) for name in names]
+        alike, scheme = forms.count(forms[0]) == len(forms), forms[0][0]
         if self.standard or not alike:
             projections = [linear(g, self.weights, x, name) for name in layers]
             return self._plain_attention(projections, heads)

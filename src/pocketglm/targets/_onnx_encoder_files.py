@@ -1,8 +1,9 @@
 """An encoder's folder: for ONNX Runtime and, in the same folder, for Transformers.js.
 
 Forms: float32; INT8 with dynamic activations (fast, one scale per activation tensor); INT8 and
-INT4 by block or with float activations (accurate); `--opset 13`: float32 from standard operators
-alone. The default opset is 17, the first with LayerNormalization. What each weight becomes is in
+INT4 by block or with float activations (accurate); INT8 with static activations (QDQ: what NPUs
+and other runtimes read); `--opset 13`: float32 or static INT8 from standard operators alone. The
+default opset is 17, the first with LayerNormalization. What each weight becomes is in
 `_onnx_linear.py`, the graph in `_onnx_encoder.py`.
 """
 
@@ -27,7 +28,7 @@ from pocketglm.targets._onnx_encoder import (
     EncoderGraph,
 )
 from pocketglm.targets._onnx_folder import oldest_runtime, part_bytes, port, write_tokenizer
-from pocketglm.targets._onnx_linear import Weights, refusal
+from pocketglm.targets._onnx_linear import Weights, is_standard, refusal
 
 # Bits of the linear layers -> the file name and `dtype` by which Transformers.js finds the file.
 _FILES = {32: ("model.onnx", "fp32"), 8: ("model_quantized.onnx", "q8"), 4: ("model_q4.onnx", "q4")}
@@ -40,13 +41,15 @@ def supports(ckpt: Checkpoint, options: ExportOptions) -> list[str]:
     schemes = ckpt.manifest.schemes
     if opset not in (STANDARD_OPSET, DEFAULT_OPSET):
         reasons.append(
-            f"opset {opset}: offered are {STANDARD_OPSET} (standard operators only, float32) and "
-            f"{DEFAULT_OPSET} (default)"
+            f"opset {opset}: offered are {STANDARD_OPSET} (standard operators only, float32 or "
+            f"static INT8) and {DEFAULT_OPSET} (default)"
         )
-    if opset == STANDARD_OPSET and schemes:
+    own = [n for n, s in schemes.items() if not is_standard(s, linear=not is_embedding(n))]
+    if opset == STANDARD_OPSET and own:
         reasons.append(
-            f"opset {STANDARD_OPSET} is float32 only, and {len(schemes)} weights are quantized: "
-            "leave --opset out, or export the checkpoint from before its quantization"
+            f"opset {STANDARD_OPSET} is float32 or static INT8 only, and {len(own)} weights are "
+            f"quantized otherwise, e.g. {own[0]}: leave --opset out, compress with "
+            "quantize_static, or export the checkpoint from before its quantization"
         )
     found: dict[str, list[str]] = {}
     for name, scheme in schemes.items():

@@ -3,6 +3,7 @@
     weight             activation        nodes
     float                                MatMul, Add
     INT8 per channel   dynamic_tensor    DynamicQuantizeMatMul (one scale per activation tensor)
+    INT8 per channel   static            QuantizeLinear, DequantizeLinear, MatMul, Add (QDQ)
     INT8, INT4         dynamic_block     MatMulNBits, accuracy_level 4 (int8 activations by block)
     INT8, INT4         dynamic_token     the same: a block is finer than a token
     INT8, INT4         none              MatMulNBits, accuracy_level 1 (float activations)
@@ -12,6 +13,11 @@
 The integers are the checkpoint's own. MatMulNBits and GatherBlockQuantized store them shifted by
 8 or 128, low nibble first: w = (stored - zero_point) * scale. Specs: ONNX Runtime,
 ContribOperators.md.
+
+Static activations are uint8 in the file, the checkpoint's int8 plus 128: the same values, and the
+type that x86's integer products take. ONNX Runtime makes QuantizeLinear and MatMulIntegerToFloat of
+each such layer (1.32, x86, both opsets); biases stay float: as int32 they would need Gemm, which it
+left in float around the reshapes that a [B, S, K] input needs.
 """
 
 from __future__ import annotations
@@ -27,8 +33,9 @@ from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.model.bert import hf_name
 from pocketglm.model.hf import stored_name
+from pocketglm.ops.fake_quant import InputGrid
 from pocketglm.ops.packing import pack_blocks, pack_rows
-from pocketglm.ops.stored import Quantized, read_quantized, read_weight
+from pocketglm.ops.stored import Quantized, read_grid, read_quantized, read_weight
 from pocketglm.targets._onnx_graph import GraphBuilder
 
 BLOCK = (
@@ -54,6 +61,10 @@ class Weights:
         """How a weight is quantized; None: it is stored in float."""
         return self.ckpt.manifest.schemes.get(stored_name(self.ckpt, name))
 
+    def grid(self, name: str) -> InputGrid | None:
+        """How the input of the layer with weight `name` is quantized; None: not on a fixed grid."""
+        return read_grid(self.ckpt, stored_name(self.ckpt, name))
+
     def integers(self, name: str) -> Quantized:
         """The integers of a quantized weight."""
         return read_quantized(self.ckpt, stored_name(self.ckpt, name))
@@ -65,15 +76,19 @@ def refusal(scheme: TensorScheme, *, linear: bool) -> str:
         return f"group_size {scheme.group_size}: the operators know {_BLOCKS}"
     if not linear:
         return ""
-    if scheme.activation == "static":
-        return "activation static: this target quantizes activations dynamically or not at all"
     per_channel = scheme.bits == 8 and scheme.group_size is None
-    if scheme.activation == "dynamic_tensor" and not per_channel:
+    if scheme.activation in ("dynamic_tensor", "static") and not per_channel:
         return (
-            "activation dynamic_tensor goes with INT8 per channel only; for INT4 or groups, "
+            f"activation {scheme.activation} goes with INT8 per channel only; for INT4 or groups, "
             "compress with activation dynamic_block (faster) or none (exact)"
         )
     return ""
+
+
+def is_standard(scheme: TensorScheme, *, linear: bool) -> bool:
+    """Whether standard operators carry this scheme."""
+    per_channel = scheme.bits == 8 and scheme.group_size is None
+    return per_channel and (scheme.activation == "static" or not linear)
 
 
 def label(*layers: str) -> str:
@@ -82,17 +97,30 @@ def label(*layers: str) -> str:
 
 
 def linear(g: GraphBuilder, weights: Weights, x: str, *layers: str) -> str:
-    """x [..., K] -> [..., N]: `layers` side by side as one product; they must share a scheme."""
+    """x [..., K] -> [..., N]: `layers` side by side as one product; they must share a scheme, and
+    the grid of their input.
+    """
     name = label(*layers)
     bias = biases(g, weights, *layers)
     scheme = weights.scheme(f"{layers[0]}.weight")
     if scheme is None:
         return g.op("Add", g.op("MatMul", x, float_columns(g, weights, *layers)), bias)
     part = side_by_side(weights, *layers)
-    if scheme.activation != "dynamic_tensor":
+    if scheme.activation not in ("dynamic_tensor", "static"):
         return _matmul_nbits(g, name, x, part, bias)
     weight, scales, zeros = integer_columns(g, name, part)
+    if part.grid is not None:
+        inputs = [weight, scales, *([zeros] if zeros else [])]
+        columns = g.op("DequantizeLinear", *inputs, axis=1)
+        return g.op("Add", g.op("MatMul", _on_grid(g, x, part.grid), columns), bias)
     return g.microsoft("DynamicQuantizeMatMul", x, weight, scales, zeros, bias)
+
+
+def _on_grid(g: GraphBuilder, x: str, grid: InputGrid) -> str:
+    """x as its runtime computes with it: rounded to uint8 and back."""
+    zero = grid.zero_point + 128
+    ends = g.scalar(grid.scale), g.constant(f"uint8_{zero}", np.array(zero, np.uint8))
+    return g.op("DequantizeLinear", g.op("QuantizeLinear", x, *ends), *ends)
 
 
 def biases(g: GraphBuilder, weights: Weights, *layers: str) -> str:
@@ -126,6 +154,7 @@ def side_by_side(weights: Weights, *layers: str) -> Quantized:
         torch.cat([part.scales for part in parts]),
         torch.cat(zeros) if zeros else None,
         parts[0].scheme,
+        parts[0].grid,
     )
 
 

@@ -22,6 +22,8 @@ from pocketglm.artifacts.schemas import MetricResult, TrainResult
 from pocketglm.contracts import DataOptions, Metric, Reporter, Silent, TaskRows
 from pocketglm.errors import UsageError, nearest
 from pocketglm.model.hf import is_decoder
+from pocketglm.model.inputs import input_grids
+from pocketglm.ops.fake_quant import quantized_inputs
 from pocketglm.train._command_job import prepare_command, read_commands
 from pocketglm.train._encoder_job import prepare_classifier, read_labelled
 from pocketglm.train._job import FinetuneConfig, Job
@@ -154,10 +156,12 @@ def read_task(task: str, data: DataOptions) -> TaskRows:
 def validate(ckpt: Checkpoint, task: str, data: DataOptions, rows: TaskRows) -> dict[str, Metric]:
     """Score a trained checkpoint on the validation rows; the most important metric comes first.
 
-    Quantized weights are dequantized, activations are float.
+    Quantized weights are dequantized. Activations are float, but for static ones, which are rounded
+    to their grids.
     """
     job = _task(task).prepare(ckpt, task_config(task, data), rows, Silent())
-    return dict(job.metrics())
+    with quantized_inputs(job.model, input_grids(ckpt, job.model)):
+        return dict(job.metrics())
 
 
 def _task(name: str) -> _TrainTask:

@@ -1,0 +1,121 @@
+"""Quantization simulated in float, with gradients: training and measuring use deployed numerics.
+
+Forward is the deployed rounding, bit by bit: activations as ONNX's QuantizeLinear and
+DequantizeLinear with a fixed scale do it, weights by the packer's own functions (`affine.py`).
+Backward is the straight-through estimator of Bengio et al. 2013 (arXiv:1308.3432): the gradient
+passes where a value was rounded, and is 0 where it was clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.ops.affine import choose_scales, dequantize, limits, to_integers
+
+LOW, HIGH = -128, 127  # of activations, symmetric or not
+
+
+@dataclass(frozen=True, slots=True)
+class InputGrid:
+    """How a layer's input is quantized: x = (q - zero_point) * scale, q from -128 to 127.
+
+    `scale` is a float32 value.
+    """
+
+    scale: float
+    zero_point: int = 0
+
+    @property
+    def symmetric(self) -> bool:
+        return self.zero_point == 0
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The least and the greatest value that is not clipped."""
+        return (LOW - self.zero_point) * self.scale, (HIGH - self.zero_point) * self.scale
+
+
+def fake_quant_activation(
+    x: Tensor, scale: Tensor | float, zero_point: Tensor | int | None = None
+) -> Tensor:
+    """x of any shape -> the nearest values of the grid; ties go to the even integer.
+
+    scale: positive; a tensor where it is trained, then it gets no gradient from here.
+    """
+    zero = 0 if zero_point is None else zero_point
+    q = (x.detach() / scale).round_() + zero
+    inside = (q >= LOW) & (q <= HIGH)
+    value = (q.clamp_(LOW, HIGH) - zero) * scale
+    return _straight_through(x, value, inside)
+
+
+def fake_quant_weight(
+    weight: Tensor,
+    scheme: TensorScheme,
+    scales: Tensor | None = None,
+    zero_points: Tensor | None = None,
+    *,
+    search: bool = True,
+) -> Tensor:
+    """weight [N, K] -> what a checkpoint that stores it in `scheme` gives back, float32.
+
+    scales [N, G], zero_points int8 [N, G]: fixed ones; None: chosen as the packer does, `search` as
+    in `affine.quantize`.
+    """
+    plain = weight.detach()
+    if scales is None:
+        scales, zero_points = choose_scales(plain, scheme, search=search)
+    q = to_integers(plain, scales, zero_points, scheme)
+    value = dequantize(q, scales, zero_points, scheme)
+    # A value that rounds to the last integer is not clipped unless it lies beyond half a step.
+    reach = scales.repeat_interleave(weight.shape[1] // scales.shape[1], dim=1)
+    low, high = limits(scheme)
+    at_end = (q == low) | (q == high)
+    inside = ~at_end | ((plain - value).abs() <= reach / 2)
+    return _straight_through(weight, value.to(weight.dtype), inside)
+
+
+def _straight_through(x: Tensor, value: Tensor, inside: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return value
+    return cast(Tensor, _StraightThrough.apply(x, value, inside))  # type: ignore[no-untyped-call]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Gives `value`; its gradient goes to `x` where `inside`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, inside: Tensor) -> Tensor:
+        ctx.save_for_backward(inside)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None
+
+
+@contextmanager
+def quantized_inputs(model: nn.Module, grids: Mapping[str, InputGrid]) -> Iterator[None]:
+    """Meanwhile the modules named in `grids` see their first argument fake-quantized."""
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(partial(_quantize_input, grid))
+        for name, grid in grids.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _quantize_input(grid: InputGrid, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return fake_quant_activation(args[0], grid.scale, grid.zero_point), *args[1:]
