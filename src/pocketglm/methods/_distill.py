@@ -23,10 +23,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 _SHOWN = 5  # names in a message
 
 
-class DistillConfig(StepTraining):
-    """Settings; `docs/extensions.md` is generated from the descriptions."""
+class TeachingConfig(StepTraining):
+    """What a step that trains may learn from a teacher, beside the labels."""
 
-    preset: Literal["soft", "features"] = Field(
+    preset: Literal["soft", "features"] | None = Field(
         "soft",
         description="where alpha, temperature and features begin: soft = 0.7, 4, none; features = "
         "0.7, 6, hidden",
@@ -39,22 +39,6 @@ class DistillConfig(StepTraining):
     )
     teacher: str | None = Field(
         None, description="the teacher's folder; None = the checkpoint that the plan began with"
-    )
-    layers: int | list[int] | None = Field(
-        None,
-        description="the student keeps so many layers, spread evenly, the last one among them; or "
-        "these (counted from 0); None = all",
-    )
-    student: dict[str, int | float | str] | str | None = Field(
-        None,
-        description="other sizes: num_layers, hidden_size, num_heads, intermediate_size, ...; or "
-        "the path of a config.json, or one of `pocketglm sizes`; vocabulary, labels and pooling "
-        "stay; None = as it is",
-    )
-    init: Init | None = Field(
-        None,
-        description="the student's first weights: teacher = those of the layers that it keeps; "
-        "random; None = random for a student of other sizes, else teacher",
     )
     features: Features = Field(
         "none",
@@ -84,9 +68,38 @@ class DistillConfig(StepTraining):
     augment_share: float = Field(
         0.3, gt=0, le=1, description="share of a copy's words that are dropped, swapped or replaced"
     )
-
     reverse: bool = Field(
         False, description="KL(student || teacher) instead of KL(teacher || student)"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_preset(cls, values: Any) -> Any:
+        """What is set explicitly goes before the preset."""
+        if not isinstance(values, dict):
+            return values
+        preset = PRESETS.get(values.get("preset", cls.model_fields["preset"].default))
+        return {**preset, **values} if preset else values
+
+
+class DistillConfig(TeachingConfig):
+    """Settings; `docs/extensions.md` is generated from the descriptions."""
+
+    layers: int | list[int] | None = Field(
+        None,
+        description="the student keeps so many layers, spread evenly, the last one among them; or "
+        "these (counted from 0); None = all",
+    )
+    student: dict[str, int | float | str] | str | None = Field(
+        None,
+        description="other sizes: num_layers, hidden_size, num_heads, intermediate_size, ...; or "
+        "the path of a config.json, or one of `pocketglm sizes`; vocabulary, labels and pooling "
+        "stay; None = as it is",
+    )
+    init: Init | None = Field(
+        None,
+        description="the student's first weights: teacher = those of the layers that it keeps; "
+        "random; None = random for a student of other sizes, else teacher",
     )
     max_length: int | None = Field(
         None, ge=3, description="decoders: tokens of a row; None = as `pocketglm train`"
@@ -97,13 +110,6 @@ class DistillConfig(StepTraining):
     made_up: float = Field(
         0.0, ge=0, le=1, description="commands: share of the slot values that become made-up words"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_preset(cls, values: Any) -> Any:
-        """What is set explicitly goes before the preset."""
-        preset = PRESETS.get(values.get("preset", "soft")) if isinstance(values, dict) else None
-        return {**preset, **values} if preset else values
 
 
 def init_of(config: DistillConfig) -> Init:
@@ -117,11 +123,13 @@ def kept_of(config: DistillConfig, base: Spec, spec: Spec) -> tuple[int, ...]:
     return spread(spec.num_layers, base.num_layers)
 
 
-def teacher_of(config: DistillConfig, context: StepContext) -> Checkpoint:
+def teacher_of(config: TeachingConfig, context: StepContext) -> Checkpoint:
     return context.source if config.teacher is None else Checkpoint.open(Path(config.teacher))
 
 
-def terms_of(config: DistillConfig, spec: Spec | None = None, teacher: Spec | None = None) -> Terms:
+def terms_of(
+    config: TeachingConfig, spec: Spec | None = None, teacher: Spec | None = None
+) -> Terms:
     """The loss; without the specs, as far as it is known."""
     pairs: dict[int, int] = {}
     if config.features != "none" and spec and teacher:

@@ -12,6 +12,7 @@ from pocketglm.contracts import WORK, StepContext
 from pocketglm.errors import CheckpointError
 from pocketglm.methods._distill import (
     DistillConfig,
+    TeachingConfig,
     init_of,
     init_reasons,
     kept_of,
@@ -56,11 +57,21 @@ def reasons(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> li
         return ["slot_swap, made_up and max_length are for decoders: leave them out"]
     base = _base_spec(ckpt, context)
     spec = student_spec(base, config.layers, config.student)
-    found = init_reasons(config, base, spec)
-    if terms_of(config).asks:
-        teacher = teacher_of(config, context)
-        found += _teacher_reasons(teacher, ckpt, context) or _feature_reasons(config, spec, teacher)
-    return found
+    return init_reasons(config, base, spec) + teaching_reasons(config, spec, ckpt, context)
+
+
+def teaching_reasons(
+    config: TeachingConfig, spec: EncoderSpec, ckpt: Checkpoint, context: StepContext
+) -> list[str]:
+    """Why a student `spec`, made from `ckpt`, cannot learn from the teacher, if it has one.
+
+    Raises:
+        InputError: the teacher's folder cannot be opened.
+    """
+    if not terms_of(config).asks:
+        return []
+    teacher = teacher_of(config, context)
+    return _teacher_reasons(teacher, ckpt, context) or _feature_reasons(config, spec, teacher)
 
 
 def _teacher_reasons(teacher: Checkpoint, ckpt: Checkpoint, context: StepContext) -> list[str]:
@@ -84,7 +95,7 @@ def _teacher_reasons(teacher: Checkpoint, ckpt: Checkpoint, context: StepContext
     return found + vocabulary_reasons(ckpt, teacher)
 
 
-def _feature_reasons(config: DistillConfig, spec: EncoderSpec, teacher: Checkpoint) -> list[str]:
+def _feature_reasons(config: TeachingConfig, spec: EncoderSpec, teacher: Checkpoint) -> list[str]:
     theirs = spec_of(teacher)
     terms = terms_of(config, spec, theirs)
     outside = pair_reasons(terms, spec, theirs)
@@ -138,14 +149,15 @@ def run(
 ) -> Mapping[str, float]:
     """As `ModelMethod.run`."""
     job = _job(config, ckpt, context)
-    effect = _learn(config, job, ckpt, folder / WORK, context) if config.epochs else {}
+    effect = learn(config, job, ckpt, folder / WORK, context) if config.epochs else {}
     job.save(folder, ckpt, ckpt.manifest.model_copy(update={"task": context.task}))
     return effect
 
 
-def _learn(
-    config: DistillConfig, job: EncoderJob, ckpt: Checkpoint, work: Path, context: StepContext
+def learn(
+    config: TeachingConfig, job: EncoderJob, ckpt: Checkpoint, work: Path, context: StepContext
 ) -> dict[str, float]:
+    """Train the job's model in place, on the labels and by the teacher; `work` is for a resume."""
     terms, teacher = terms_of(config), None
     if terms.asks:
         source = teacher_of(config, context)
@@ -185,29 +197,36 @@ def _learn(
 
 
 def _job(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> EncoderJob:
-    """The student with its rows.
-
-    Raises:
-        CheckpointError: a weight of the checkpoint holds NaN or infinity.
-    """
-    if context.task is None or context.data is None or context.rows is None:
-        raise CheckpointError(f"{ckpt.path}: distilling needs rows of the task")
-    for name, value in load_encoder(ckpt).state_dict().items():
-        check_finite(ckpt, stored_name(ckpt, name), value)
+    """The student with its rows."""
     spec = student_spec(_base_spec(ckpt, context), config.layers, config.student)
-    limit = min(max_length_of(ckpt), spec.max_position_embeddings)
-    known = ckpt.manifest.max_length is not None or limit < max_length_of(ckpt)
-    settings = task_config(
-        context.task,
-        context.data,
-        max_length=limit if known else None,
-        dropout=config.dropout,
-        seed=context.seed,
-    )
-    rows: Any = context.rows
-    job = prepare_classifier(ckpt, settings, rows, context.reporter)
+    job = classifier_job(ckpt, context, config.dropout, spec.max_position_embeddings)
     base = job.model
     student = make_student(
         base, spec, kept_of(config, base.spec, spec), init_of(config), context.seed
     )
     return replace(job, model=student, fresh=() if init_of(config) == "random" else job.fresh)
+
+
+def classifier_job(
+    ckpt: Checkpoint, context: StepContext, dropout: float | None, positions: int
+) -> EncoderJob:
+    """The checkpoint's classifier with the plan's rows, for a student of so many positions.
+
+    Raises:
+        CheckpointError: a weight of the checkpoint holds NaN or infinity.
+    """
+    if context.task is None or context.data is None or context.rows is None:
+        raise CheckpointError(f"{ckpt.path}: learning needs rows of the task")
+    for name, value in load_encoder(ckpt).state_dict().items():
+        check_finite(ckpt, stored_name(ckpt, name), value)
+    limit = min(max_length_of(ckpt), positions)
+    known = ckpt.manifest.max_length is not None or limit < max_length_of(ckpt)
+    settings = task_config(
+        context.task,
+        context.data,
+        max_length=limit if known else None,
+        dropout=dropout,
+        seed=context.seed,
+    )
+    rows: Any = context.rows
+    return prepare_classifier(ckpt, settings, rows, context.reporter)

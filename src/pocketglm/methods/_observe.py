@@ -146,14 +146,16 @@ def divergence(model: Encoder, wanted: Sequence[Tensor], rows: SampleRows) -> fl
 
 @contextmanager
 def quantized(
-    model: Encoder, weights: Mapping[str, Tensor], grids: Mapping[str, InputGrid]
+    model: Encoder, weights: Mapping[str, Tensor], grids: Mapping[str, InputGrid] | None
 ) -> Iterator[None]:
-    """Meanwhile the layers named have other weights, and inputs on their grids."""
+    """Meanwhile the layers named have other weights, and inputs on their grids; without grids, on
+    one of each text's own.
+    """
     kept = {name: _layer(model, name).weight.data for name in weights}
     try:
         for name, weight in weights.items():
             _layer(model, name).weight.data = weight
-        with quantized_inputs(model, {name: grids[name] for name in weights}):
+        with quantized_inputs(model, {name: grids[name] if grids else None for name in weights}):
             yield
     finally:
         for name, weight in kept.items():

@@ -19,12 +19,14 @@ from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import is_embedding, is_head, is_linear, spec_of, stored_name
 from pocketglm.model.layers import bare_modules
-from pocketglm.ops.affine import dequantize, quantize
+from pocketglm.ops.affine import choose_scales, dequantize, quantize, to_integers
 from pocketglm.ops.fake_quant import InputGrid
 from pocketglm.ops.stored import Layout, as_array, as_tensor, check_finite, store, stored_layout
 
 WEIGHTS = "model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
+Scales = tuple[Tensor, Tensor | None]  # [N, G], and zero points int8 [N, G]
+_NO_SCALES: Mapping[str, Scales] = {}
 
 
 def static_layers(ckpt: Checkpoint, *, head: bool, skip: Iterable[str] = ()) -> dict[str, str]:
@@ -98,11 +100,13 @@ def write_static(
     weights: Mapping[str, Tensor],
     *,
     search: bool = True,
+    scales: Mapping[str, Scales] = _NO_SCALES,
 ) -> float:
     """Write `ckpt` with the weights named in `schemes` as integers; the relative error of these.
 
     grids: of the inputs of static layers, by weight name. weights: values that take the place of
-    the checkpoint's, by stored name; the type in which a float tensor is stored stays.
+    the checkpoint's, by stored name; the type in which a float tensor is stored stays. scales: for
+    weights whose scales are not to be chosen here.
 
     Raises:
         CheckpointError: a weight to quantize holds NaN or infinity.
@@ -120,10 +124,11 @@ def write_static(
             writer.write(name, as_array(weight.to(stored.dtype)))
             continue
         check_finite(ckpt, name, weight)
-        q, scales, zeros = quantize(weight, scheme, search=search)
-        for part, array in store(name, q, scales, zeros, scheme, grids.get(name)).items():
+        steps, zeros = scales.get(name) or choose_scales(weight, scheme, search=search)
+        q = to_integers(weight, steps, zeros, scheme)
+        for part, array in store(name, q, steps, zeros, scheme, grids.get(name)).items():
             writer.write(part, array)
-        error = dequantize(q, scales, zeros, scheme).sub_(weight)
+        error = dequantize(q, steps, zeros, scheme).sub_(weight)
         lost += float(error.square().sum(1).double().sum())
         total += float(weight.square().sum(1).double().sum())
     writer.close()

@@ -12,255 +12,55 @@ Query, key and value see the same input; they share a grid, and stay float toget
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
-
-from pydantic import Field, field_validator
-from torch import Tensor
 
 from pocketglm.artifacts.checkpoint import Checkpoint
-from pocketglm.artifacts.scheme import TensorScheme
-from pocketglm.contracts import Config, ModelMethod, StepContext
-from pocketglm.methods._observe import (
-    SampleRows,
-    channel_maxima,
-    divergence,
-    input_histograms,
-    outputs,
-    quantized,
+from pocketglm.contracts import ModelMethod, StepContext
+from pocketglm.methods._calibrate import (
+    StaticConfig,
+    prepare,
+    schemes_of,
+    static_headers,
+    static_reasons,
 )
-from pocketglm.methods._smooth import smooth, smoothable
-from pocketglm.methods._static import (
-    deployed,
-    matches,
-    predicted,
-    static_layers,
-    token_table,
-    units_of,
-    write_static,
-)
-from pocketglm.model.encoder import Encoder
-from pocketglm.model.hf import is_decoder, load_encoder, max_length_of, spec_of, stored_name
-from pocketglm.ops.calibration import Calibrator, calibrate
-from pocketglm.ops.fake_quant import InputGrid
-from pocketglm.ops.stored import check_finite
-from pocketglm.text.tokenizer import Tokenizer
-
-_MEASURED = 128  # rows with which changes of the output are measured
-
-
-class StaticConfig(Config):
-    """Settings of static INT8; `docs/extensions.md` is generated from the descriptions."""
-
-    calibrator: Calibrator = Field(
-        "mse", description="what chooses the inputs' ranges: minmax, percentile, entropy (KL), mse"
-    )
-    percentile: float = Field(
-        99.99, gt=0, le=100, description="of calibrator percentile: share of the values in range"
-    )
-    symmetric_inputs: bool = Field(False, description="ranges of inputs are -x to x, zero point 0")
-    symmetric: bool = Field(True, description="weights without zero points")
-    embeddings: Literal[4, 8] | None = Field(
-        None, description="bits of the token embedding; None = float"
-    )
-    head: Literal[8] | None = Field(
-        None, description="8: classifier and pooler become static INT8 too; None = float"
-    )
-    rows: int = Field(512, ge=1, description="training rows to calibrate with, drawn by the seed")
-    smoothquant: float | None = Field(
-        None, ge=0, le=1, description="alpha of SmoothQuant, 0.5 is usual; None = off"
-    )
-    float_layers: int | float = Field(
-        0,
-        ge=0,
-        description="layers to keep float, those whose quantization changes the output most: "
-        "a number (2), or a share (0.1); query, key and value count as one",
-    )
-    search: bool = Field(True, description="look for the scale with the least squared error")
-    skip: list[str] = Field([], description="patterns (*, ?) of tensor names that stay float")
-
-    @field_validator("float_layers")
-    @classmethod
-    def _share(cls, value: float) -> float:
-        if isinstance(value, float) and not 0 <= value < 1:
-            raise ValueError("a share is below 1; write a whole number for a number of layers")
-        return value
-
-    def kept_float(self, units: int) -> int:
-        """How many of so many units stay float."""
-        share = isinstance(self.float_layers, float)
-        return math.ceil(self.float_layers * units) if share else int(self.float_layers)
-
-
-def _check(config: StaticConfig, ckpt: Checkpoint, context: StepContext) -> list[str]:
-    if is_decoder(ckpt):
-        return ["it is a decoder: static inputs are for encoders; use quantize_rtn"]
-    if ckpt.manifest.schemes or "quantization_config" in ckpt.config:
-        return ["it is already quantized: start from the float checkpoint"]
-    reasons = [
-        f"skip: '{pattern}' matches no tensor, e.g. '*.layer.0.*'"
-        for pattern in config.skip
-        if not any(matches(name, [pattern]) for name in ckpt.tensors)
-    ]
-    layers = _layers(config, ckpt)
-    units = units_of(layers)
-    if context.rows is not None and not context.rows.train:
-        reasons.append("there are no training rows to calibrate with")
-    if config.kept_float(len(units)) >= len(units):
-        reasons.append(
-            f"float_layers={config.float_layers}: it has {len(units)} layers to quantize, and "
-            "nothing would be left"
-            if units
-            else "it has no layer to quantize with these settings"
-        )
-    if config.smoothquant is not None and not smoothable(spec_of(ckpt), layers):
-        reasons.append(
-            "smoothquant: no attention.output is left to smooth, with these patterns to skip"
-        )
-    return reasons
-
-
-def _layers(config: StaticConfig, ckpt: Checkpoint) -> dict[str, str]:
-    return static_layers(ckpt, head=config.head is not None, skip=config.skip)
-
-
-def _schemes(
-    config: StaticConfig, ckpt: Checkpoint, weights: Sequence[str]
-) -> dict[str, TensorScheme]:
-    """Schemes of the static layers' weights, and of the embedding."""
-    static = TensorScheme(bits=8, symmetric=config.symmetric, activation="static")
-    schemes = dict.fromkeys(weights, static)
-    table = token_table(ckpt, config.skip)
-    if config.embeddings and table:
-        schemes[table] = TensorScheme(
-            bits=config.embeddings,
-            group_size=32 if config.embeddings == 4 else None,
-            symmetric=config.symmetric,
-        )
-    return {name: schemes[name] for name in ckpt.tensors if name in schemes}
-
-
-def _predict(config: StaticConfig, ckpt: Checkpoint, context: StepContext) -> Checkpoint:
-    """Which layers stay float is measured; here it is the largest, so the size is the most."""
-    layers = _layers(config, ckpt)
-    units = units_of(layers)
-
-    def size(unit: str) -> int:
-        return sum(ckpt.tensors[layers[layer]].size for layer in units[unit])
-
-    largest = sorted(units, key=size, reverse=True)[: config.kept_float(len(units))]
-    kept = [layer for unit in largest for layer in units[unit]]
-    weights = [stored for layer, stored in layers.items() if layer not in kept]
-    return predicted(ckpt, _schemes(config, ckpt, weights))
+from pocketglm.methods._observe import divergence, quantized
+from pocketglm.methods._static import deployed, write_static
 
 
 def _run(
     config: StaticConfig, ckpt: Checkpoint, folder: Path, context: StepContext
 ) -> Mapping[str, float]:
-    model, rows = load_encoder(ckpt), _rows(config, ckpt, context)
-    for name, values in model.state_dict().items():
-        check_finite(ckpt, stored_name(ckpt, name), values)
-    layers = _layers(config, ckpt)
-    sample = rows.part(_MEASURED)
-    wanted = outputs(model, sample)
-    makers = smoothable(model.spec, layers) if config.smoothquant is not None else {}
-    if config.smoothquant is not None:
-        maxima = channel_maxima(model, list(makers), rows, context.reporter)
-        smooth(model, makers, maxima, config.smoothquant)
-    units = units_of(layers)
-    grids = _grids(config, model, units, rows, context)
-    kept = config.kept_float(len(units))
-    ranked = _sensitivity(config, model, units, grids, wanted, sample, context) if kept else []
-    for unit in ranked[:kept]:
-        context.reporter.say(f"stays float: {', '.join(units[unit])}")
-        for layer in units[unit]:
-            del layers[layer], grids[layer]
-    scheme = TensorScheme(bits=8, symmetric=config.symmetric, activation="static")
+    found = prepare(config, ckpt, context)
+    model = found.model
     weights = {
-        layer: deployed(model.get_parameter(f"{layer}.weight"), scheme, search=config.search)
-        for layer in layers
+        layer: deployed(model.get_parameter(f"{layer}.weight"), found.scheme, search=config.search)
+        for layer in found.layers
     }
-    with quantized(model, weights, grids):
-        moved = divergence(model, wanted, sample)
-    changed = {
-        stored_name(ckpt, f"{layer}.{part}"): model.get_parameter(f"{layer}.{part}")
-        for pair in makers.items()
-        for layer in pair
-        for part in ("weight", "bias")
-    }
+    with quantized(model, weights, found.grids):
+        moved = divergence(model, found.wanted, found.sample)
     error = write_static(
         ckpt,
         folder,
-        _schemes(config, ckpt, list(layers.values())),
-        {layers[layer]: grid for layer, grid in grids.items()},
-        changed,
+        schemes_of(config, ckpt, found.layers.values(), "static"),
+        found.stored_grids(),
+        {stored: model.get_parameter(ours) for ours, stored in found.moved.items()},
         search=config.search,
     )
     figure = "kl" if model.spec.head == "classification" else "cosine_loss"
     return {
-        "layers": float(len(layers)),
-        "rows": float(len(rows.ids)),
+        "layers": float(len(found.layers)),
+        "rows": float(len(found.rows.ids)),
         "weight_error": float(f"{error:.6g}"),
         figure: float(f"{moved:.6g}"),
     }
 
 
-def _rows(config: StaticConfig, ckpt: Checkpoint, context: StepContext) -> SampleRows:
-    texts = [row.text for row in context.rows.train] if context.rows else []
-    tokenizer = Tokenizer.load(ckpt.path)
-    return SampleRows.draw(texts, config.rows, context.seed, tokenizer, max_length_of(ckpt))
-
-
-def _grids(
-    config: StaticConfig,
-    model: Encoder,
-    units: Mapping[str, Sequence[str]],
-    rows: SampleRows,
-    context: StepContext,
-) -> dict[str, InputGrid]:
-    """The grid of each layer's input."""
-    grids = {}
-    for unit, histogram in input_histograms(model, units, rows, context.reporter).items():
-        grid = calibrate(
-            histogram,
-            config.calibrator,
-            symmetric=config.symmetric_inputs,
-            percentile=config.percentile,
-        )
-        grids.update(dict.fromkeys(units[unit], grid))
-    return grids
-
-
-def _sensitivity(
-    config: StaticConfig,
-    model: Encoder,
-    units: Mapping[str, Sequence[str]],
-    grids: Mapping[str, InputGrid],
-    wanted: Sequence[Tensor],
-    sample: SampleRows,
-    context: StepContext,
-) -> list[str]:
-    """Units by how far the output moves if they alone are quantized, the worst first."""
-    scheme = TensorScheme(bits=8, symmetric=config.symmetric, activation="static")
-    moved = {}
-    for number, (unit, layers) in enumerate(units.items(), 1):
-        weights = {
-            layer: deployed(model.get_parameter(f"{layer}.weight"), scheme, search=config.search)
-            for layer in layers
-        }
-        with quantized(model, weights, grids):
-            moved[unit] = divergence(model, wanted, sample)
-        context.reporter.progress("sensitivity", number, len(units), f"{unit} {moved[unit]:.3g}")
-    return sorted(moved, key=lambda unit: -moved[unit])
-
-
 SPEC = ModelMethod(
     summary="INT8 weights and inputs with fixed ranges, calibrated on training rows",
     config=StaticConfig,
-    check=_check,
-    predict=_predict,
+    check=static_reasons,
+    predict=lambda config, ckpt, context: static_headers(config, ckpt),
     run=_run,
     needs_rows=lambda config: True,
 )

@@ -57,6 +57,23 @@ def fake_quant_activation(
     return _straight_through(x, value, inside)
 
 
+def fake_quant_dynamic(x: Tensor) -> Tensor:
+    """x [B, ...] -> each row on a grid of its own, as ONNX's DynamicQuantizeLinear makes one.
+
+    The range holds 0 and every value of the row, in 255 steps; so nothing is clipped, and the
+    gradient passes everywhere. On a phone a text comes alone: a row here is a tensor there.
+    """
+    rows = x.detach().float().flatten(1)
+    low, high = rows.amin(1).clamp_(max=0), rows.amax(1).clamp_(min=0)
+    shape = (-1, *(1,) * (x.ndim - 1))
+    scale = ((high - low) / (HIGH - LOW)).clamp_(min=torch.finfo(torch.float32).tiny)
+    zero = (LOW - low / scale).round_().clamp_(LOW, HIGH)
+    scale, zero = scale.view(shape), zero.view(shape)
+    q = (x.detach().float() / scale).round_().add_(zero).clamp_(LOW, HIGH)
+    value = ((q - zero) * scale).to(x.dtype)
+    return x + (value - x.detach()) if torch.is_grad_enabled() and x.requires_grad else value
+
+
 def fake_quant_weight(
     weight: Tensor,
     scheme: TensorScheme,
@@ -104,8 +121,10 @@ class _StraightThrough(torch.autograd.Function):
 
 
 @contextmanager
-def quantized_inputs(model: nn.Module, grids: Mapping[str, InputGrid]) -> Iterator[None]:
-    """Meanwhile the modules named in `grids` see their first argument fake-quantized."""
+def quantized_inputs(model: nn.Module, grids: Mapping[str, InputGrid | None]) -> Iterator[None]:
+    """Meanwhile the modules named in `grids` see their first argument [B, ...] fake-quantized, on
+    the grid or (None) each row on its own.
+    """
     handles = [
         model.get_submodule(name).register_forward_pre_hook(partial(_quantize_input, grid))
         for name, grid in grids.items()
@@ -117,5 +136,29 @@ def quantized_inputs(model: nn.Module, grids: Mapping[str, InputGrid]) -> Iterat
             handle.remove()
 
 
-def _quantize_input(grid: InputGrid, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _quantize_input(
+    grid: InputGrid | None, _: nn.Module, args: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    if grid is None:
+        return fake_quant_dynamic(args[0]), *args[1:]
     return fake_quant_activation(args[0], grid.scale, grid.zero_point), *args[1:]
+
+
+class FakeWeight(nn.Module):
+    """A parametrization (torch.nn.utils.parametrize) by which a layer computes with the weight that
+    will be stored, while the float one learns. scales, zero points: fixed, as the packer chose them.
+    """
+
+    def __init__(
+        self, scheme: TensorScheme, scales: Tensor, zero_points: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer("zero_points", zero_points, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """[N, K] -> [N, K]."""
+        scales, zeros = (self.get_buffer("scales"), self.zero_points)
+        assert zeros is None or isinstance(zeros, Tensor)
+        return fake_quant_weight(weight, self.scheme, scales, zeros)
