@@ -1,4 +1,4 @@
-"""A script: `distill` that is killed in the middle. SOURCE OUT DATA SETTINGS LABEL."""
+"""A script: a step that is killed in the middle. SOURCE OUT DATA SETTINGS LABEL [METHOD]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Kill(Silent):
         if label.startswith(sys.argv[5]) and done >= total // 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-plan = Plan.single("distill", json.loads(sys.argv[4]))
+plan = Plan.single([*sys.argv, "distill"][6], json.loads(sys.argv[4]))
 data = DataOptions(Path(sys.argv[3]))
 compress(Path(sys.argv[1]), plan, Path(sys.argv[2]), data=data, reporter=Kill())
 """

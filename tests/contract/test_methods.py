@@ -24,6 +24,7 @@ METHODS = registry.names("methods")
 every_method = pytest.mark.parametrize("name", METHODS)
 # Settings that keep a method quick on a tiny model; others run with their defaults.
 QUICK: dict[str, dict[str, Any]] = {
+    "qat": {"epochs": 2, "rows": 16, "learning_rate": 1e-3},
     "distill": {"layers": 1, "features": "hidden", "epochs": 2, "augment": 1},
 }
 WORDS = ["abc", "bcd", "cab", "dab", "fig", "hij"]

@@ -23,10 +23,11 @@ from torch import nn
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.contracts import DataOptions, Silent, StepContext
 from pocketglm.errors import CheckpointError, UnsupportedError
+from pocketglm.methods._calibrate import StaticConfig
 from pocketglm.methods._observe import SampleRows, channel_maxima, input_histograms
 from pocketglm.methods._smooth import factors, smooth, smoothable
 from pocketglm.methods._static import static_layers, units_of
-from pocketglm.methods.quantize_static import SPEC, StaticConfig
+from pocketglm.methods.quantize_static import SPEC
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import load_encoder
 from pocketglm.ops.stored import parameter_counts, read_grid, read_quantized
@@ -364,7 +365,7 @@ from types import SimpleNamespace
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.contracts import DataOptions, Silent, StepContext
 from pocketglm.data.readers import read_split
-from pocketglm.methods.quantize_static import SPEC, StaticConfig
+from pocketglm.methods.quantize_static import SPEC
 
 source, data, out, rows = sys.argv[1:]
 ckpt, folder = Checkpoint.open(source), Path(out)

@@ -116,7 +116,7 @@ def _run(
 def _rounded(
     model: Encoder, places: Mapping[str, tuple[TensorScheme, Tensor, Tensor | None]]
 ) -> Iterator[None]:
-    """Meanwhile the parameters named are used as they will be stored: scheme, scales, zero points."""
+    """Meanwhile these parameters are used as they will be stored: scheme, scales, zero points."""
     layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in places}
     try:
         for name, layer in layers.items():

@@ -146,7 +146,7 @@ def _quantize_input(
 
 class FakeWeight(nn.Module):
     """A parametrization (torch.nn.utils.parametrize) by which a layer computes with the weight that
-    will be stored, while the float one learns. scales, zero points: fixed, as the packer chose them.
+    will be stored, while the float one learns. scales, zero points: fixed, the packer's choice.
     """
 
     def __init__(
