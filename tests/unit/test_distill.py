@@ -207,6 +207,25 @@ def test_a_model_without_a_head_learns_from_another_teacher(
 # --- the teacher's outputs -----------------------------------------------------------------------
 
 
+def test_weights_that_pruning_made_0_stay_0(
+    teacher: Path, data: DataOptions, tmp_path: Path
+) -> None:
+    def zeros(ckpt: Checkpoint) -> dict[str, np.ndarray[Any, Any]]:
+        return {n: ckpt.read(n) == 0 for n in ckpt.tensors if n.endswith("dense.weight")}
+
+    pruning = Plan.single("prune_unstructured", {"sparsity": 0.5}).steps
+    compress(teacher, Plan(pruning), tmp_path / "pruned", data=data)
+    before = zeros(Checkpoint.open(tmp_path / "pruned"))
+    share = np.mean(np.concatenate([zero.ravel() for zero in before.values()]))
+    assert share == pytest.approx(0.5, abs=0.01)
+    settings: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-3}
+    for out, more, stay in (("a", {}, True), ("b", {"keep_zeros": False}, False)):
+        healed = distill(tmp_path / "pruned", tmp_path / out, data, **settings, **more)
+        after = zeros(healed)
+        assert all((after[name] == before[name]).all() for name in before) is stay, out
+        assert not same_weights(healed, Checkpoint.open(tmp_path / "pruned"))
+
+
 def test_the_teacher_is_asked_once(teacher: Path, data: DataOptions, tmp_path: Path) -> None:
     cache = Path(os.environ["POCKETGLM_CACHE"])
     settings = QUICK | {"augment": 2, "epochs": 3, "patience": 9, "layers": 1}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, model_validator
+from torch import nn
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.contracts import StepContext
@@ -70,6 +73,11 @@ class TeachingConfig(StepTraining):
     )
     reverse: bool = Field(
         False, description="KL(student || teacher) instead of KL(teacher || student)"
+    )
+    keep_zeros: bool | None = Field(
+        None,
+        description="weights that are 0 stay 0; None = if the checkpoint was pruned by "
+        "prune_unstructured before",
     )
 
     @model_validator(mode="before")
@@ -150,6 +158,19 @@ def terms_of(
         label_smoothing=config.label_smoothing,
         reverse=config.reverse,
     )
+
+
+def hold_zeros(config: TeachingConfig, ckpt: Checkpoint, model: nn.Module) -> None:
+    """Let no gradient reach weights of `model` that are 0, if the settings say so: a weight whose
+    gradient was always 0 is not moved by AdamW, whose decay multiplies.
+    """
+    pruned = any(step.method == "prune_unstructured" for step in ckpt.manifest.lineage)
+    if not (pruned if config.keep_zeros is None else config.keep_zeros):
+        return
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and (kept := parameter != 0).logical_not().any():
+            held = functools.partial(torch.mul, kept.to(parameter.dtype))
+            parameter.register_hook(held)  # type: ignore[no-untyped-call]
 
 
 # --- refusals that both kinds have in common -----------------------------------------------------

@@ -15,6 +15,7 @@ from pocketglm.data.frames import grammar_of
 from pocketglm.errors import CheckpointError, UsageError
 from pocketglm.methods._distill import (
     DistillConfig,
+    hold_zeros,
     init_of,
     init_reasons,
     kept_of,
@@ -108,6 +109,7 @@ def run(
 ) -> Mapping[str, float]:
     """As `ModelMethod.run`."""
     job = _job(config, ckpt, context)
+    hold_zeros(config, ckpt, job.model)
     effect = _learn(config, job, folder / WORK, context) if config.epochs else {}
     job.finish()
     job.save(folder, ckpt, ckpt.manifest.model_copy(update={"task": context.task}))

@@ -13,6 +13,7 @@ from pocketglm.errors import CheckpointError
 from pocketglm.methods._distill import (
     DistillConfig,
     TeachingConfig,
+    hold_zeros,
     init_of,
     init_reasons,
     kept_of,
@@ -178,6 +179,7 @@ def learn(
         copies=config.augment,
         share=config.augment_share,
     )
+    hold_zeros(config, ckpt, job.model)
     new = ("projections.", *(f"student.{name}" for name in job.fresh))
     result = train(
         Pupil(job.model, terms, teacher.widths if teacher else (), context.seed),
