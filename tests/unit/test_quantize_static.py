@@ -365,6 +365,7 @@ from types import SimpleNamespace
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.contracts import DataOptions, Silent, StepContext
 from pocketglm.data.readers import read_split
+from pocketglm.methods._calibrate import StaticConfig
 from pocketglm.methods.quantize_static import SPEC
 
 source, data, out, rows = sys.argv[1:]
