@@ -85,6 +85,14 @@ def test_activations_are_as_onnx_runtime_rounds_them(scale: float, zero: int) ->
     assert np.array_equal(fake_quant_activation(x, grid, zero).numpy(), wanted)
 
 
+def test_bf16_is_rounded_in_float32() -> None:
+    """In bf16 the division would move many values to another integer."""
+    x = (torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
+    found = fake_quant_activation(x, 0.03, 5)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, fake_quant_activation(x.float(), 0.03, 5).bfloat16())
+
+
 def test_a_grid_knows_its_range() -> None:
     grid = InputGrid(0.5, -28)
     assert grid.range == (-50.0, 77.5)

@@ -48,13 +48,15 @@ def fake_quant_activation(
 ) -> Tensor:
     """x of any shape -> the nearest values of the grid; ties go to the even integer.
 
+    Computed in float32, as devices do, whatever the type of x.
+
     scale: positive; a tensor where it is trained, then it gets no gradient from here.
     """
     zero = 0 if zero_point is None else zero_point
-    q = (x.detach() / scale).round_() + zero
+    q = (x.detach().float() / scale).round_() + zero
     inside = (q >= LOW) & (q <= HIGH)
     value = (q.clamp_(LOW, HIGH) - zero) * scale
-    return _straight_through(x, value, inside)
+    return _straight_through(x, value.to(x.dtype), inside)
 
 
 def fake_quant_dynamic(x: Tensor) -> Tensor:
