@@ -422,7 +422,9 @@ SNIPS_CHOICE = [
     "and 80.5. The weights of these losses, size, batch, rate and regularization were not "
     "searched, the 10 epochs are what there was time for, and the changes were not told apart on "
     "the test rows. The recipe before (`autoglm-15m`, 14 epochs of batches of 64, values swapped "
-    "between intents, no losses on the text) had 97.14 % and 90.6 on the same test rows.",
+    "between intents, no losses on the text) had 97.14 % and 90.6 on the same test rows. Seed 1 "
+    "instead of 0 in `init` and `train`, measured once: INT8 98.14 % (96.8-98.9), slot F1 91.54 "
+    "(90.0-93.0), exact match 82.57 (79.6-85.2).",
 ]
 
 
