@@ -161,6 +161,5 @@ class FakeWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """[N, K] -> [N, K]."""
-        scales, zeros = (self.get_buffer("scales"), self.zero_points)
-        assert zeros is None or isinstance(zeros, Tensor)
+        scales, zeros = (cast(Any, self).scales, cast(Any, self).zero_points)
         return fake_quant_weight(weight, self.scheme, scales, zeros)
