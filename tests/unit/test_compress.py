@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 from tiny_bert import save_tiny_bert
+from tiny_encoder import save_tiny
 
 from pocketglm.artifacts import safetensors
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.schemas import CompressResult
+from pocketglm.contracts import DataOptions
 from pocketglm.errors import (
     CheckpointError,
     DiskFullError,
@@ -33,6 +35,7 @@ from pocketglm.ops.affine import dequantize, quantize
 from pocketglm.ops.stored import read_weight
 from pocketglm.stages import _cache, _step
 from pocketglm.stages.compress import compress
+from pocketglm.stages.export import export
 from pocketglm.stages.plan import Plan
 
 PLANS = sorted((Path(__file__).parents[2] / "plans").glob("*.yaml"))
@@ -77,11 +80,33 @@ def edited(source: Path, folder: Path, name: str, value: float) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def six_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("plans") / "six", num_layers=6)
+
+
+@pytest.fixture(scope="module")
+def few_rows(tmp_path_factory: pytest.TempPathFactory) -> DataOptions:
+    folder = tmp_path_factory.mktemp("rows")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 32), ("validation", 8)):
+        rows = [
+            {"text": " ".join(rng.choice(["ab", "bc", "ca"], 3)), "label": f"label {n % 3}"}
+            for n in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return DataOptions(folder)
+
+
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.stem)
-def test_every_plan_file_runs(plan: Path, source: Path, tmp_path: Path) -> None:
-    result = compress(source, Plan.from_file(plan), tmp_path / "out")
+def test_every_plan_file_runs(
+    plan: Path, six_layers: Path, few_rows: DataOptions, tmp_path: Path
+) -> None:
+    """On a model and rows that are small enough to try; exported, too."""
+    result = compress(six_layers, Plan.from_file(plan), tmp_path / "out", data=few_rows)
     assert result.bytes_after < 0.45 * result.bytes_before
-    assert load_encoder(Checkpoint.open(tmp_path / "out"))
+    (exported,) = export(tmp_path / "out", ["onnx"], tmp_path / "exported").targets
+    assert exported.ok, exported.error
 
 
 def test_there_are_plan_files() -> None:
