@@ -79,13 +79,21 @@ def quantize(
 
 
 def choose_scales(
-    weight: torch.Tensor, scheme: TensorScheme, *, search: bool = True
+    weight: torch.Tensor,
+    scheme: TensorScheme,
+    *,
+    search: bool = True,
+    importance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scales float32 [N, G] and zero points int8 [N, G] (None if symmetric) for float32 [N, K]."""
+    """Scales float32 [N, G] and zero points int8 [N, G] (None if symmetric) for float32 [N, K].
+
+    importance: factors [K] of the squared errors that the search adds up; None: all are 1.
+    """
     check_groups("weight", weight.shape[1], scheme)
     rows = max(1, _CHUNK // max(weight.shape[1], 1))
     chunks = [weight[start : start + rows] for start in range(0, max(len(weight), 1), rows)]
-    parts = [_choose(_grouped(chunk.float(), scheme), scheme, search) for chunk in chunks]
+    factors = None if importance is None else _grouped(importance.float()[None], scheme)
+    parts = [_choose(_grouped(chunk.float(), scheme), scheme, search, factors) for chunk in chunks]
     scales = torch.cat([scale for scale, _ in parts])
     if scheme.symmetric:
         return scales, None
@@ -132,10 +140,12 @@ def _grouped(weight: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
 
 
 def _choose(
-    w: torch.Tensor, scheme: TensorScheme, search: bool
+    w: torch.Tensor, scheme: TensorScheme, search: bool, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point [N, G] of w [N, G, K / G]."""
+    """Scale and zero point [N, G] of w [N, G, K / G]; importance [1, G, K / G]."""
     shape = w.shape[:2]
+    if importance is not None:
+        importance = importance.expand_as(w).flatten(0, 1).T.contiguous()
     w = w.flatten(0, 1).T.contiguous()  # groups innermost: their scales are read in a row
     low, high = w.amin(0).clamp_(max=0), w.amax(0).clamp_(min=0)
     bottom, top = limits(scheme)
@@ -143,7 +153,7 @@ def _choose(
         span, plain = torch.maximum(-low, high), torch.maximum(low / bottom, high / top)
     else:
         span, plain = high - low, (high - low) / (top - bottom)
-    best = _Best(w, low, high, scheme, canonical(plain))
+    best = _Best(w, low, high, scheme, canonical(plain), importance)
     if search:
         _search(best, span)
     return best.scale.reshape(shape), _zero_point(low, high, best.scale, scheme).reshape(shape)
@@ -182,7 +192,9 @@ def _on_grid(w: torch.Tensor, span: torch.Tensor, divisors: torch.Tensor) -> tor
 
 
 class _Best:
-    """The best scale so far [M] of each group of w [K / G, M], and its squared error."""
+    """The best scale so far [M] of each group of w [K / G, M], and its squared error, of which each
+    value's share is multiplied by its `importance`.
+    """
 
     def __init__(
         self,
@@ -191,8 +203,10 @@ class _Best:
         high: torch.Tensor,
         scheme: TensorScheme,
         scale: torch.Tensor,
+        importance: torch.Tensor | None = None,
     ) -> None:
         self.w, self.low, self.high, self.scheme, self.scale = w, low, high, scheme, scale
+        self.importance = importance
         self.error = torch.full_like(scale, torch.inf)
         self._q = torch.empty_like(w)  # spares an allocation per pass
         self._halves = list(_halves(self._q))
@@ -200,7 +214,12 @@ class _Best:
     def part(self, index: torch.Tensor) -> _Best:
         """The same for groups `index` alone."""
         few = _Best(
-            self.w[:, index], self.low[index], self.high[index], self.scheme, self.scale[index]
+            self.w[:, index],
+            self.low[index],
+            self.high[index],
+            self.scheme,
+            self.scale[index],
+            None if self.importance is None else self.importance[:, index],
         )
         few.error = self.error[index]
         return few
@@ -222,6 +241,8 @@ class _Best:
             zero = _zero_point(self.low, self.high, scale, self.scheme)
             torch.clamp(q, bottom - zero, top - zero, out=q)
         torch.addcmul(self.w, q, scale, value=-1, out=q).square_()
+        if self.importance is not None:
+            q *= self.importance
         for half, other in self._halves:
             half += other
         return q[0]
