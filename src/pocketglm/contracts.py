@@ -3,7 +3,8 @@
 A method, target, runtime or task is one file that ends in `SPEC = ...`, an instance of one of
 the classes below. `registry.load` finds it by its file name. Nothing else has to be edited.
 
-    methods/NAME.py   SPEC = TensorMethod(...) or ModelMethod(...)   Checkpoint -> Checkpoint
+    methods/NAME.py   SPEC = TensorMethod(...), BlockMethod(...) or ModelMethod(...)
+                                                   Checkpoint -> Checkpoint
     targets/NAME.py   SPEC = Target(...)           Checkpoint -> Export
     runtimes/NAME.py  SPEC = Runtime(...)          Checkpoint | Export -> Session
     eval/NAME.py      SPEC = Task(...)             Session + rows -> Scores
@@ -61,6 +62,10 @@ class Silent:
 
 # --- methods -----------------------------------------------------------------------------------
 
+if TYPE_CHECKING:
+    # int8 [N, K], scales float32 [N, G], zero points int8 [N, G] (None: symmetric)
+    Integers = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
 
 @dataclass(frozen=True, slots=True)
 class TensorMethod:
@@ -76,9 +81,7 @@ class TensorMethod:
     config: type[Config]
     check: Callable[[Any, Checkpoint], list[str]]
     select: Callable[[Any, Checkpoint, TensorInfo], TensorScheme | None]
-    quantize: Callable[
-        [Any, torch.Tensor, TensorScheme], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-    ]
+    quantize: Callable[[Any, torch.Tensor, TensorScheme], Integers]
 
 
 class TaskRows(Protocol):
@@ -126,6 +129,7 @@ class ModelMethod:
     removed afterwards. The step's lineage, size and score are added by `stages.compress`.
     `inputs`: files or folders that the settings name; their contents belong to the step's key.
     `identity`: settings with which no weight changes; None: there are none.
+    `memory`: bytes that `run` holds at most beside the program; None: those of training.
     """
 
     summary: str
@@ -136,10 +140,63 @@ class ModelMethod:
     needs_rows: Callable[[Any], bool] = lambda config: False
     inputs: Callable[[Any], Sequence[Path]] = lambda config: ()
     identity: Mapping[str, Any] | None = None
+    memory: Callable[[Any, Checkpoint, StepContext], int] | None = None
 
 
-WORK = "work"  # what a ModelMethod keeps for a resume
-Method = TensorMethod | ModelMethod  # BlockMethod joins with its issue
+@dataclass(frozen=True, slots=True)
+class BlockWork:
+    """One transformer block, and what goes into it.
+
+    block: float32, in eval mode. schemes: of its layers to quantize, by their names in it, such as
+    `attention.query`. hidden: float32 [B, S, H], batches of rows of one length, without padding.
+    call: the block on one such batch. stored: how a parameter is stored, e.g. BF16, by its name.
+    """
+
+    index: int
+    block: torch.nn.Module
+    schemes: Mapping[str, TensorScheme]
+    hidden: Sequence[torch.Tensor]
+    call: Callable[[torch.Tensor], torch.Tensor]
+    stored: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockResult:
+    """Integers, scales and zero points as of `TensorMethod.quantize` for each of a block's
+    `schemes`, and what was measured. `words`: of these, for the one who waits.
+    """
+
+    integers: Mapping[str, Integers]
+    figures: Mapping[str, float]
+    words: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMethod:
+    """A method that sees one block of the model at a time, with what goes into it on rows of the
+    task; its memory is that of one block and of these inputs.
+
+    `check` as in `ModelMethod`, `select` and `quantize` as in `TensorMethod`; `quantize` is for
+    weights outside of the blocks. `block` quantizes the layers of one; it may change the block's
+    other parameters too. Afterwards the block must compute with the values that the integers stand
+    for: what it gives then goes into the next one. `effect` turns the figures of all blocks into
+    the step's. `tokens`: how many of the rows it asks for. `memory`: bytes for the block of this
+    number, beside its weights and inputs.
+    """
+
+    summary: str
+    config: type[Config]
+    check: Callable[[Any, Checkpoint, StepContext], list[str]]
+    select: Callable[[Any, Checkpoint, TensorInfo], TensorScheme | None]
+    quantize: Callable[[Any, torch.Tensor, TensorScheme], Integers]
+    block: Callable[[Any, BlockWork], BlockResult]
+    effect: Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]]
+    tokens: Callable[[Any], int]
+    memory: Callable[[Any, Checkpoint, int], int]
+
+
+WORK = "work"  # what a method keeps for a resume
+Method = TensorMethod | BlockMethod | ModelMethod
 
 
 # --- targets and runtimes ----------------------------------------------------------------------

@@ -48,9 +48,7 @@ def gptq(
     while left:
         column = left[0]
         g = column // group
-        q[:, column] = np.clip(
-            np.round(w[:, column] / scales[:, g]) + zeros[:, g], low, high
-        )
+        q[:, column] = np.clip(np.round(w[:, column] / scales[:, g]) + zeros[:, g], low, high)
         error = w[:, column] - (q[:, column] - zeros[:, g]) * scales[:, g]
         inverse = np.linalg.inv(h[np.ix_(left, left)])
         if bug == "wrong_order":

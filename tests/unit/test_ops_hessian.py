@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from oracles import gptq as oracle
+
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.ops.affine import (
     SCALE_MIN,
@@ -34,7 +34,7 @@ def problem(rows: int = 24, columns: int = 256, seed: int = 0) -> tuple[Any, Any
     rng = np.random.default_rng(seed)
     mix = rng.normal(size=(columns, columns)) / columns**0.5
     x = rng.normal(size=(3 * columns, columns)) @ (np.eye(columns) + 2 * mix)
-    x[:, :: 17] *= 6
+    x[:, ::17] *= 6
     return rng.normal(size=(rows, columns)) * 0.05, x
 
 

@@ -80,9 +80,10 @@ class Ceiling:
         held = resident()
         if held + buffers > self.limit:
             raise MemoryCeilingError(
-                f"{self.verb} needs up to {_mb(held + buffers)} here ({_mb(held)} for the program, "
-                f"{_mb(buffers)} for {what}), --max-memory allows {_mb(self.limit)}",
-                f"give it --max-memory {_mb(held + buffers).replace(' ', '')} or more",
+                f"{self.verb} needs up to {megabytes(held + buffers)} here "
+                f"({megabytes(held)} for the program, {megabytes(buffers)} for {what}), "
+                f"--max-memory allows {megabytes(self.limit)}",
+                f"give it --max-memory {megabytes(held + buffers).replace(' ', '')} or more",
             )
 
     def room(self) -> int | None:
@@ -97,11 +98,12 @@ class Ceiling:
         """
         if self.limit is not None and (held := resident()) > self.limit:
             raise MemoryCeilingError(
-                f"{self.verb} holds {_mb(held)}, --max-memory allows {_mb(self.limit)}: stopped",
+                f"{self.verb} holds {megabytes(held)}, --max-memory allows "
+                f"{megabytes(self.limit)}: stopped",
                 "give it more; please report it, since it was expected to fit",
             )
 
 
-def _mb(count: int) -> str:
+def megabytes(count: int) -> str:
     """Megabytes, rounded up."""
     return f"{-(-count // 10**6):,} MB".replace(",", "")

@@ -19,7 +19,7 @@ from pocketglm.contracts import WORK, Metric, ModelMethod, StepContext
 from pocketglm.errors import UsageError
 from pocketglm.model.hf import check_tensors, is_decoder, labels_of
 from pocketglm.ops.stored import parameter_counts
-from pocketglm.stages._memory import Ceiling
+from pocketglm.stages._memory import Ceiling, megabytes
 from pocketglm.stages._step import stored_bytes, upstream_config
 from pocketglm.stages.plan import PlanStep
 from pocketglm.train.finetune import validate
@@ -28,6 +28,8 @@ SCORE = "validation_"  # before a metric's name in a step's effect
 # Bytes a parameter: weights, gradients, the optimizer's two moments, the best weights, the teacher.
 _TRAINING = 24
 _SPARE = 1 << 30  # activations, rows, what the allocator keeps
+_SCORING = 4, 384 << 20  # bytes a parameter, and of logits and activations
+SCORED = 1 << 30  # bytes up to which a step that works in pieces is scored with the whole model
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,14 @@ class ModelJob:
 
     def run(self, folder: Path) -> None:
         """Write the step's checkpoint into `folder`; continues from `folder / WORK`."""
-        needed = _TRAINING * sum(parameter_counts(self.ckpt).values()) + _SPARE
-        self.ceiling.require(needed, "the whole model in training")
+        if self.spec.memory is None:
+            needed = _TRAINING * sum(parameter_counts(self.ckpt).values()) + _SPARE
+            self.ceiling.require(needed, "the whole model in training")
+        else:
+            needed = self.spec.memory(self.step.config, self.ckpt, self.context)
+            self.ceiling.require(needed, f"{self.step.method}'s own work")
+        if self.context.rows is not None:
+            self.ceiling.require(scoring_bytes(self.ckpt), "the whole model, to score it")
         (folder / WORK).mkdir(exist_ok=True)
         effect = self.spec.run(self.step.config, self.ckpt, folder, self.context)
         after = Checkpoint.open(folder)
@@ -68,6 +76,12 @@ class ModelJob:
         write_json(folder / MANIFEST, manifest)
 
 
+def scoring_bytes(ckpt: Checkpoint) -> int:
+    """Bytes that `add_score` needs at most: the model in float32, and a batch."""
+    each, batch = _SCORING
+    return each * sum(parameter_counts(ckpt).values()) + batch
+
+
 def input_digests(paths: Sequence[Path]) -> list[Any]:
     """What the files and folders that a method's settings name contain.
 
@@ -85,12 +99,20 @@ def input_digests(paths: Sequence[Path]) -> list[Any]:
     return found
 
 
-def add_score(folder: Path, context: StepContext) -> None:
-    """Add parameters and validation scores to the effect of the checkpoint's last step."""
+def add_score(folder: Path, context: StepContext, most: int | None = None) -> None:
+    """Add parameters and validation scores to the effect of the checkpoint's last step.
+
+    most: bytes up to which scoring may need memory; a larger model is not scored.
+    """
     ckpt = Checkpoint.open(folder)
     effect = {"parameters": float(sum(parameter_counts(ckpt).values()))}
-    for name, metric in scores(ckpt, context).items():
-        effect[SCORE + name] = float(f"{metric.value:.6g}")
+    if most is not None and scoring_bytes(ckpt) > most:
+        context.reporter.say(
+            f"not scored: the whole model would need {megabytes(scoring_bytes(ckpt))}; use eval"
+        )
+    else:
+        for name, metric in scores(ckpt, context).items():
+            effect[SCORE + name] = float(f"{metric.value:.6g}")
     steps = ckpt.manifest.lineage
     last = steps[-1].model_copy(update={"effect": {**steps[-1].effect, **effect}})
     manifest = ckpt.manifest.model_copy(update={"lineage": [*steps[:-1], last]})

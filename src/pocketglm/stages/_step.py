@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import torch
@@ -29,7 +29,7 @@ from pocketglm.artifacts.manifest import (
     write_json,
 )
 from pocketglm.artifacts.scheme import TensorScheme
-from pocketglm.contracts import Config, Reporter, TensorMethod
+from pocketglm.contracts import BlockMethod, Config, Reporter, TensorMethod
 from pocketglm.model.hf import model_spec_of, pocketglm_fields
 from pocketglm.ops.affine import dequantize
 from pocketglm.ops.stored import Layout, as_tensor, check_finite, store, stored_layout
@@ -37,6 +37,9 @@ from pocketglm.runtimes._cores import usable_cores
 from pocketglm.stages._memory import Ceiling, keep_freed_memory
 from pocketglm.stages._upstream import opens_in_transformers, quantization_config, tied_twin
 from pocketglm.stages.plan import PlanStep
+
+if TYPE_CHECKING:
+    from pocketglm.contracts import Integers
 
 CHUNK = 1 << 20  # elements of a tensor that a thread has in memory as float32 at a time
 WEIGHTS = "model.safetensors"
@@ -48,7 +51,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def step_layout(
-    spec: TensorMethod, config: Config, ckpt: Checkpoint
+    spec: TensorMethod | BlockMethod, config: Config, ckpt: Checkpoint
 ) -> tuple[Layout, dict[str, TensorScheme]]:
     """Tensors and schemes after a step, in file order, from the headers."""
     layout: Layout = {}
@@ -92,7 +95,7 @@ class StepJob:
         writer = safetensors.Writer(folder / WEIGHTS, layout)
         lost = total = 0.0
         done = 0
-        for chunk in _in_order(functools.partial(self._chunk, *c) for c in self._chunks(new)):
+        for chunk in in_order(functools.partial(self._chunk, *c) for c in self._chunks(new)):
             for part, array in chunk.parts:
                 writer.write(part, array)
             lost, total = lost + chunk.lost, total + chunk.total
@@ -135,30 +138,46 @@ class StepJob:
 
     def _chunk(
         self, info: TensorInfo, scheme: TensorScheme | None, start: int, stop: int | None
-    ) -> _Chunk:
-        """Rows `start:stop` of a tensor as they will be stored."""
-        rows = self.ckpt.read(info.name, start, stop)
-        last = stop is None or stop == info.shape[0]
-        if scheme is None:
-            return _Chunk(info.name, [(info.name, rows)], last)
-        weight = as_tensor(rows).float()
-        check_finite(self.ckpt, info.name, weight, start)
-        q, scales, zero_points = self.spec.quantize(self.step.config, weight, scheme)
-        parts = []
-        for part, array in store(info.name, q, scales, zero_points, scheme).items():
-            if part == f"{info.name}_shape":  # of the whole weight, written once
-                array[:] = info.shape
-                if start:
-                    continue
-            parts.append((part, array))
-            if twin := tied_twin(self.ckpt, part, scheme):
-                parts.append((twin, array))
-        error = dequantize(q, scales, zero_points, scheme).sub_(weight)
-        return _Chunk(info.name, parts, last, _squares(error), _squares(weight))
+    ) -> Chunk:
+        quantize = functools.partial(self.spec.quantize, self.step.config)
+        return stored_chunk(self.ckpt, info, scheme, quantize, start, stop)
+
+
+def stored_chunk(
+    ckpt: Checkpoint,
+    info: TensorInfo,
+    scheme: TensorScheme | None,
+    quantize: Callable[[torch.Tensor, TensorScheme], Integers],
+    start: int,
+    stop: int | None,
+) -> Chunk:
+    """Rows `start:stop` of a tensor as they will be stored.
+
+    Raises:
+        CheckpointError: they are to be quantized, and hold NaN or infinity.
+    """
+    rows = ckpt.read(info.name, start, stop)
+    last = stop is None or stop == info.shape[0]
+    if scheme is None:
+        return Chunk(info.name, [(info.name, rows)], last)
+    weight = as_tensor(rows).float()
+    check_finite(ckpt, info.name, weight, start)
+    q, scales, zero_points = quantize(weight, scheme)
+    parts = []
+    for part, array in store(info.name, q, scales, zero_points, scheme).items():
+        if part == f"{info.name}_shape":  # of the whole weight, written once
+            array[:] = info.shape
+            if start:
+                continue
+        parts.append((part, array))
+        if twin := tied_twin(ckpt, part, scheme):
+            parts.append((twin, array))
+    error = dequantize(q, scales, zero_points, scheme).sub_(weight)
+    return Chunk(info.name, parts, last, squares(error), squares(weight))
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
+class Chunk:
     """Rows of a tensor, stored; squared norms of their error and of themselves, if quantized."""
 
     name: str
@@ -168,16 +187,16 @@ class _Chunk:
     total: float = 0.0
 
 
-def _squares(x: torch.Tensor) -> float:
+def squares(x: torch.Tensor) -> float:
     """Sum of squares; `x` is overwritten. Each row in float32, all rows in float64."""
     return float(x.square_().sum(1).double().sum())
 
 
-def _in_order(work: Iterable[Callable[[], _Chunk]]) -> Iterator[_Chunk]:
+def in_order(work: Iterable[Callable[[], Chunk]]) -> Iterator[Chunk]:
     """Results of `work`, in its order, computed by a few threads a little ahead."""
     keep_freed_memory()
     threads, before = _threads(), torch.get_num_threads()
-    waiting: deque[Future[_Chunk]] = deque()
+    waiting: deque[Future[Chunk]] = deque()
     try:
         # One thread of torch in each: they would wait for each other.
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

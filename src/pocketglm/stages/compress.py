@@ -1,8 +1,9 @@
 """Checkpoint + Plan -> smaller Checkpoint. Finished steps come from the step cache.
 
 A step reads the folder of the one before it and writes its own into the cache, a chunk of rows at
-a time or (`ModelMethod`) as a whole; the last one is copied to OUT. A step is complete or does not
-exist, and training goes on where it was, so after a kill the same command ends with the same bytes.
+a time, a block at a time (`BlockMethod`) or (`ModelMethod`) as a whole; the last one is copied to
+OUT. A step is complete or does not exist, and a block or training goes on where it was, so after a
+kill the same command ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -19,12 +20,22 @@ from pocketglm.artifacts.checkpoint import Checkpoint, TensorInfo, copy_file
 from pocketglm.artifacts.manifest import MANIFEST, digest_value, tool_versions, write_json
 from pocketglm.artifacts.output import free_bytes, is_done, output_folder
 from pocketglm.artifacts.schemas import CompressResult, StepResult
-from pocketglm.contracts import WORK, DataOptions, ModelMethod, Reporter, Silent, StepContext
+from pocketglm.contracts import (
+    WORK,
+    BlockMethod,
+    DataOptions,
+    ModelMethod,
+    Reporter,
+    Silent,
+    StepContext,
+    TensorMethod,
+)
 from pocketglm.errors import DiskFullError, UnsupportedError, UsageError
 from pocketglm.model.hf import check_tensors
 from pocketglm.stages import _cache
+from pocketglm.stages._block_step import BlockJob
 from pocketglm.stages._memory import Ceiling
-from pocketglm.stages._model_step import SCORE, ModelJob, add_score, input_digests
+from pocketglm.stages._model_step import SCORE, SCORED, ModelJob, add_score, input_digests
 from pocketglm.stages._step import (
     WEIGHTS,
     StepJob,
@@ -143,7 +154,10 @@ class _Run:
         task = task or ckpt.manifest.task
         for step in plan.steps:
             spec = step.spec
-            if data is None and isinstance(spec, ModelMethod) and spec.needs_rows(step.config):
+            asks = isinstance(spec, BlockMethod) or (
+                isinstance(spec, ModelMethod) and spec.needs_rows(step.config)
+            )
+            if data is None and asks:
                 raise UsageError(
                     f"{step.method} needs rows of the task", "add --data DATA (and --task TASK)"
                 )
@@ -162,10 +176,10 @@ class _Run:
         stages = [self.context.source]
         for number, step in enumerate(self.plan.steps, 1):
             before, spec = stages[-1], step.spec
-            if isinstance(spec, ModelMethod):
-                reasons = spec.check(step.config, before, self.context)
-            else:
+            if isinstance(spec, TensorMethod):
                 reasons = spec.check(step.config, before)
+            else:
+                reasons = spec.check(step.config, before, self.context)
             if reasons:
                 where = (
                     f"step {number}, {step.method}," if len(self.plan.steps) > 1 else step.method
@@ -189,9 +203,12 @@ class _Run:
         """The name of a step's result in the cache: a digest of all that decides it."""
         spec, own = step.spec, dict(self.inputs)
         folders: tuple[str, ...] = _CODE
+        if not isinstance(spec, TensorMethod):
+            folders = _WHOLE_CODE
+        if isinstance(spec, BlockMethod):
+            folders = (*_WHOLE_CODE, "stages/_block")
         if isinstance(spec, ModelMethod):
             own |= {"source": self.source, "files": input_digests(spec.inputs(step.config))}
-            folders = _WHOLE_CODE
         return digest_value(
             {
                 "parent": parent,
@@ -219,15 +236,17 @@ class _Run:
     ) -> Callable[[Path], None]:
         """What writes a step's checkpoint into a folder."""
         spec, context = step.spec, self.context
-        job: ModelJob | StepJob
+        job: ModelJob | BlockJob | StepJob
         if isinstance(spec, ModelMethod):
             job = ModelJob(step, spec, ckpt, parent, context, ceiling)
+        elif isinstance(spec, BlockMethod):
+            job = BlockJob(step, spec, ckpt, parent, context, ceiling, size)
         else:
             job = StepJob(step, spec, self.plan.seed, ckpt, parent, context.reporter, ceiling, size)
 
         def build(folder: Path) -> None:
             job.run(folder)
-            add_score(folder, context)
+            add_score(folder, context, SCORED if isinstance(spec, BlockMethod) else None)
             shutil.rmtree(folder / WORK, ignore_errors=True)  # last: until here a kill can resume
 
         return build

@@ -25,7 +25,7 @@ from pocketglm.errors import DataError
 from pocketglm.eval.lm import WINDOW
 from pocketglm.text import chat
 from pocketglm.text.tokenizer import Tokenizer
-from pocketglm.train._decoder_job import DecoderJob, Source, load_source
+from pocketglm.train._decoder_job import DecoderJob, load_source
 from pocketglm.train._job import FinetuneConfig, length_limit
 from pocketglm.train._sequences import Row, Sequences, encode_prompts, score_rows, token_mean
 
@@ -90,8 +90,9 @@ def prepare_lm(ckpt: Checkpoint, config: FinetuneConfig, rows: LmRows, reporter:
     length = config.max_length or min(limit, WINDOW)
     source = load_source(ckpt, config)
     template = chat.read_template(ckpt.path)
-    train, cut = _sequences(source, rows.train, length, template)
-    held_out, _ = _sequences(source, rows.validation, length, template)
+    names = source.tokenizer, source.eos_id
+    train, cut = text_sequences(*names, rows.train, length, template)
+    held_out, _ = text_sequences(*names, rows.validation, length, template)
     tokens = int((train.lengths - train.starts).sum())
     reporter.say(
         f"{len(rows.train)} training texts, {len(rows.validation)} validation; {tokens:,} tokens "
@@ -100,11 +101,10 @@ def prepare_lm(ckpt: Checkpoint, config: FinetuneConfig, rows: LmRows, reporter:
     return LmJob(source=source, train=train, held_out=held_out, settings={"max_length": length})
 
 
-def _sequences(
-    source: Source, rows: Sequence[TextRow], length: int, template: str | None
+def text_sequences(
+    tokenizer: Tokenizer, eos: int, rows: Sequence[TextRow], length: int, template: str | None
 ) -> tuple[Sequences, int]:
     """The rows as tokens, and how many of source and target were cut."""
-    tokenizer, eos = source.tokenizer, source.eos_id
     plain = [row.text for row in rows if row.prompt is None]
     ids: list[Row] = []
     if plain:
