@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-WORDS = "the lamp in my room is on and the light of a door was off when it rained at noon".split()
+_TEXT = "the lamp in my room is on and the light of a door was off when it rained at noon"
+WORDS = _TEXT.split()
 
 
 def save_texts(folder: Path, count: int = 60, seed: int = 0) -> Path:
-    """`train.jsonl`, `validation.jsonl` and `test.jsonl` of random sentences; returns the folder."""
+    """Three splits of random sentences; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for split, size in (("train", count), ("validation", 8), ("test", 8)):

@@ -155,11 +155,13 @@ class StepResult(Config):
     seconds: float
 
     def figures(self) -> list[str]:
-        """The effect in words, without the sizes: 'accuracy 0.961', 'parameters 22,713,216'."""
+        """The effect in words, without the sizes and what is told by layer: 'accuracy 0.961',
+        'parameters 22,713,216'.
+        """
         return [
             f"{name.replace('_', ' ')} " + (f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}")
             for name, value in self.effect.items()
-            if not name.startswith("bytes")
+            if not name.startswith("bytes") and "." not in name
         ]
 
 
