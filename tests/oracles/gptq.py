@@ -26,7 +26,8 @@ BUGS = ("no_feedback", "block_only", "wrong_slice", "wrong_order", "added")
 def hessian(inputs: Array, damping: float) -> Array:
     """2 X^T X plus damping times the mean of its diagonal, for X [T, K]."""
     h = 2 * inputs.T @ inputs
-    return h + damping * np.diag(h).mean() * np.eye(len(h))
+    found: Array = h + damping * np.diag(h).mean() * np.eye(len(h))
+    return found
 
 
 def gptq(

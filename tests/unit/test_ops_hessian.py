@@ -42,7 +42,7 @@ def ours(weight: Any, x: Any, scheme: TensorScheme, *, act_order: bool = False) 
     """Our integers, scales and zero points, and the order."""
     w = torch.from_numpy(weight).float()
     hessian = Hessian(w.shape[1], len(x))
-    for batch in torch.from_numpy(x).float().split(100):
+    for batch in torch.split(torch.from_numpy(x).float(), 100):
         hessian.add(batch)
     order = hessian.matrix.diagonal().argsort(descending=True, stable=True) if act_order else None
     scales, zeros = choose_scales(w, scheme)

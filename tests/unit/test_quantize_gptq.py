@@ -232,6 +232,46 @@ def test_memory_is_told_and_refused(texts: DataOptions, tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
+CHILD = """
+import json, re, sys
+from pathlib import Path
+from pocketglm.contracts import DataOptions, Silent
+from pocketglm.stages.compress import compress
+from pocketglm.stages.plan import Plan
+
+def peak(which):
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(which + r":\\s+(\\d+) kB", status)[1]) * 1024
+
+class Told(Silent):
+    def say(self, text):
+        if "holds up to" in text:
+            said = int(text.split(" MB")[0].split()[-1])
+            print(json.dumps({"before": peak("VmRSS"), "said": said}))
+    def progress(self, label, done, total, note=""):
+        if done == total:
+            print(json.dumps({"peak": peak("VmHWM")}))
+
+source, out, data = map(Path, sys.argv[1:])
+plan = Plan.single("quantize_gptq", {"tokens": 512})
+data, cache = DataOptions(data), Path(f"{out}-cache")
+compress(source, plan, out, task="lm", data=data, cache=cache, reporter=Told())
+"""
+
+
+def test_the_memory_that_is_told_is_enough(texts: DataOptions, tmp_path: Path) -> None:
+    """A child process whose blocks are most of its weights, as the kernel counted it."""
+    sizes = {"hidden_size": 512, "intermediate_size": 3072, "num_hidden_layers": 2, "head_dim": 64}
+    source = save(tmp_path / "m", "glm-half-bias", num_attention_heads=8, **sizes)
+    call = [sys.executable, "-c", CHILD, str(source), str(tmp_path / "out"), str(texts.path)]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, int] = {}
+    for line in done.stdout.splitlines():
+        found |= json.loads(line)
+    assert 0.4 < (found["peak"] - found["before"]) / found["said"] / 1e6 < 1, found
+
+
 @pytest.mark.parametrize("size", ["autoglm-mini", "autoglm-base", "glm-edge-1.5b"])
 def test_memory_is_that_of_a_block_and_the_embedding(size: str) -> None:
     """At most 2.5 times the block and the embedding in float32, from 200 M parameters on."""

@@ -18,6 +18,7 @@ from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.scheme import Activation, TensorScheme
 from pocketglm.contracts import Config, StepContext
 from pocketglm.methods._observe import (
+    BATCH,
     SampleRows,
     channel_maxima,
     divergence,
@@ -38,9 +39,11 @@ from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import is_decoder, load_encoder, max_length_of, spec_of, stored_name
 from pocketglm.ops.calibration import Calibrator, calibrate
 from pocketglm.ops.fake_quant import InputGrid
-from pocketglm.ops.stored import check_finite
+from pocketglm.ops.stored import check_finite, parameter_counts
 from pocketglm.text.tokenizer import Tokenizer
 
+_BYTES = 12  # for a parameter
+_SPARE = 128 << 20  # histograms, rows, what the allocator keeps
 _MEASURED = 128  # rows with which changes of the output are measured
 
 
@@ -113,6 +116,15 @@ def static_reasons(config: StaticConfig, ckpt: Checkpoint, context: StepContext)
             "smoothquant: no attention.output is left to smooth, with these patterns to skip"
         )
     return reasons
+
+
+def static_bytes(config: StaticConfig, ckpt: Checkpoint, context: StepContext) -> int:
+    """Bytes that calibration holds: the float model, its weights rounded, one of them in work, and
+    what a batch of the longest rows computes.
+    """
+    spec = spec_of(ckpt)
+    batch = BATCH * max_length_of(ckpt) * (4 * spec.intermediate_size + 8 * spec.hidden_size)
+    return _BYTES * sum(parameter_counts(ckpt).values()) + 4 * batch + _SPARE
 
 
 def layers_of(config: StaticConfig, ckpt: Checkpoint) -> dict[str, str]:

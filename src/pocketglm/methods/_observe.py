@@ -20,7 +20,7 @@ from pocketglm.ops.histogram import Histogram
 from pocketglm.text.tokenizer import Tokenizer
 from pocketglm.train._rows import pad, tokenize
 
-_BATCH = 32  # rows at a time: bounds the activations in memory
+BATCH = 32  # rows at a time: bounds the activations in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class SampleRows:
         """`count` texts (or all, if there are fewer), drawn by `seed`."""
         chosen = sorted(np.random.default_rng(seed).permutation(len(texts))[:count])
         ids: list[npt.NDArray[np.int32]] = []
-        for start in range(0, len(chosen), _BATCH):  # a tokenizer's own results are large
-            part = [texts[number] for number in chosen[start : start + _BATCH]]
+        for start in range(0, len(chosen), BATCH):  # a tokenizer's own results are large
+            part = [texts[number] for number in chosen[start : start + BATCH]]
             ids += tokenize(tokenizer, part, max_length).ids
         return cls(sorted(ids, key=len), tokenizer.pad_id)
 
@@ -51,8 +51,8 @@ class SampleRows:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """ids and mask [B, S] int64."""
-        for start in range(0, len(self.ids), _BATCH):
-            batch = pad(self.ids, range(start, min(start + _BATCH, len(self.ids))), self.pad_id)
+        for start in range(0, len(self.ids), BATCH):
+            batch = pad(self.ids, range(start, min(start + BATCH, len(self.ids))), self.pad_id)
             yield batch["ids"], batch["mask"]
 
 

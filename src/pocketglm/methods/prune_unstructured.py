@@ -31,6 +31,8 @@ from pocketglm.ops.stored import as_array, as_tensor, check_finite
 
 _SPARSITY = 0.5
 _CHUNK = 1 << 22  # bytes read at a time
+_BYTES = 64  # for a value of the tensor in work
+_SPARE = 64 << 20  # what is read at a time, and what the allocator keeps
 _GZIP = 6  # gzip's own default level
 
 
@@ -185,6 +187,11 @@ def _gzip_bytes(files: Iterable[Path]) -> int:
     return total
 
 
+def _memory(config: UnstructuredConfig, ckpt: Checkpoint, context: StepContext) -> int:
+    """A tensor, its mask as indices, and copies in float64."""
+    return _BYTES * max((info.size for info in ckpt.tensors.values()), default=0) + _SPARE
+
+
 SPEC = ModelMethod(
     summary="set single weights to 0; neither smaller nor faster as it is, see gzip",
     config=UnstructuredConfig,
@@ -192,4 +199,5 @@ SPEC = ModelMethod(
     predict=_predict,
     run=_run,
     identity={"sparsity": 0.0},
+    memory=_memory,
 )

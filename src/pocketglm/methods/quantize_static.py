@@ -21,6 +21,7 @@ from pocketglm.methods._calibrate import (
     StaticConfig,
     prepare,
     schemes_of,
+    static_bytes,
     static_headers,
     static_reasons,
 )
@@ -63,4 +64,5 @@ SPEC = ModelMethod(
     predict=lambda config, ckpt, context: static_headers(config, ckpt),
     run=_run,
     needs_rows=lambda config: True,
+    memory=static_bytes,
 )

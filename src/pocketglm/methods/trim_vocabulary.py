@@ -46,6 +46,8 @@ from pocketglm.text.trim import (
 )
 
 _CHUNK = 1 << 22  # elements of a tensor in memory at a time
+_TOKENIZER = 20  # bytes in memory for one of the tokenizer's files
+_SPARE = 128 << 20  # encoded texts, and what the allocator keeps
 _WEIGHTS = "model.safetensors"
 _GENERATION = "generation_config.json"
 # Tensors with a row for each token; BERT's pretraining head may lie beside a model.
@@ -257,6 +259,12 @@ def _inputs(config: TrimConfig) -> Sequence[Path]:
     return [Path(path) for path in config.corpora]
 
 
+def _memory(config: TrimConfig, ckpt: Checkpoint, context: StepContext) -> int:
+    """Two chunks of weights, and the tokenizer: its file is read, renumbered and opened again."""
+    tokenizer = sum(f.stat().st_size for f in ckpt.files if f.suffix in (".json", ".txt"))
+    return 2 * 8 * _CHUNK + _TOKENIZER * tokenizer + _SPARE
+
+
 SPEC = ModelMethod(
     summary="drop the tokens that the task's texts never use, from model and tokenizer",
     config=TrimConfig,
@@ -266,4 +274,5 @@ SPEC = ModelMethod(
     needs_rows=lambda config: True,
     inputs=_inputs,
     identity={"extra": 1_000_000},
+    memory=_memory,
 )

@@ -38,7 +38,7 @@ def batches_of(rows: Sequence[Row]) -> list[Ids]:
 
 def cut(hidden: Tensor, batches: Sequence[Ids]) -> list[Tensor]:
     """Views [B, S, H] of the batches' tokens in hidden [T, H]."""
-    parts = hidden.split([batch.size for batch in batches])
+    parts = torch.split(hidden, [batch.size for batch in batches])
     return [part.view(*ids.shape, -1) for part, ids in zip(parts, batches, strict=True)]
 
 
