@@ -129,12 +129,11 @@ def _figures(
     """Of a layer whose weight is still float, on some of its output channels."""
     some = slice(None, None, -(-len(weight) // _MEASURED))
     part = weight[some]
-    q, scales, zeros = (x if x is None else x[some] for x in found)
-    assert q is not None
-    assert scales is not None
+    q, scales, zeros = found
+    ours = dequantize(q[some], scales[some], None if zeros is None else zeros[some], scheme)
     nearest = dequantize(*quantize(part, scheme, search=search), scheme)
     return {
-        f"{name}.error": output_error(dequantize(q, scales, zeros, scheme) - part, hessian),
+        f"{name}.error": output_error(ours - part, hessian),
         f"{name}.rtn": output_error(nearest - part, hessian),
         f"{name}.total": output_error(part, hessian),
     }

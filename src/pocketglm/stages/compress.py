@@ -107,8 +107,7 @@ def compress(
     )
     if is_done(out, request, force, [path]):
         return _summary(out, _past(plan, stages, out), ckpt, already_done=True)
-    missing = stages[1 + run.finished(root) :]
-    _require_space({root: sum(map(stored_bytes, missing)), out: stored_bytes(stages[-1])})
+    _require_space({root: run.missing_bytes(stages, root), out: stored_bytes(stages[-1])})
     ceiling = Ceiling(max_memory, "compress")
     size = chunk_size(ckpt, ceiling)
     with output_folder(out, request, force, [path]) as folder:
@@ -230,6 +229,16 @@ class _Run:
                 return number
             digest = found
         return len(self.plan.steps)
+
+    def missing_bytes(self, stages: list[Checkpoint], root: Path) -> int:
+        """Bytes that the steps still write into the cache; `stages` as of `predict`."""
+        done = self.finished(root)
+        steps = zip(self.plan.steps[done:], stages[1 + done :], strict=True)
+        # A method by blocks keeps its finished ones beside the file that they are put together in.
+        return sum(
+            stored_bytes(stage) * (2 if isinstance(step.spec, BlockMethod) else 1)
+            for step, stage in steps
+        )
 
     def builder(
         self, step: PlanStep, ckpt: Checkpoint, parent: str, ceiling: Ceiling, size: int
