@@ -311,6 +311,32 @@ def test_refusals(texts: DataOptions, tmp_path: Path) -> None:
         run(tmp_path / "once", tmp_path / "o", texts)
 
 
+def test_commands(tmp_path: Path) -> None:
+    """Rows are the prompts and answers of training; the marks must be there when it runs."""
+    source, data = save(tmp_path / "m", "llama"), tmp_path / "commands"
+    data.mkdir()
+    for split in ("train", "validation"):
+        rows = [{"text": f"lamp {n} on", "intent": "on", "slots": {"n": str(n)}} for n in range(9)]
+        (data / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    steps = "steps:\n- distill: {alpha: 0, epochs: 1}\n- quantize_gptq: {tokens: 300}\n"
+    options, cache = DataOptions(data), tmp_path / "cache"
+    with pytest.raises(UnsupportedError, match="no token for 4 marks"):
+        compress(source, Plan.single("quantize_gptq"), tmp_path / "o", task="command", data=options)
+    result = compress(
+        source, Plan.from_text(steps), tmp_path / "out", task="command", data=options, cache=cache
+    )
+    effect = result.steps[1].effect
+    assert effect["error"] < 0.8 * effect["rtn_error"]
+    assert 0 <= effect["validation_exact_match"] <= 1
+    ckpt = Checkpoint.open(tmp_path / "out")
+    rows = read_task("command", options)
+    context = StepContext(ckpt, 0, Silent(), Path(), "command", options, rows)
+    tokenizer = Tokenizer.load(ckpt.path)
+    found = [tokenizer.inner.decode(row.tolist()) for row in calibration_rows(ckpt, context, 999)]
+    assert len(found) == 9
+    assert all("lamp" in text for text in found)
+
+
 def test_windows_of_texts_are_those_of_training(texts: DataOptions, tmp_path: Path) -> None:
     """Every calibration row stands in the joined training texts; the seed draws others."""
     ckpt = Checkpoint.open(save(tmp_path / "m", "llama"))

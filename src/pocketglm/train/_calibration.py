@@ -32,6 +32,9 @@ def calibration_reasons(ckpt: Checkpoint, context: StepContext) -> list[str]:
     if is_decoder(ckpt) == (context.task not in ("lm", "command")):
         kind = "a decoder" if is_decoder(ckpt) else "an encoder"
         return [f"it is {kind}, the task is {context.task}: give rows of a task that it can do"]
+    stored = Checkpoint.open(ckpt.path)
+    if (stored.config, stored.manifest) != (ckpt.config, ckpt.manifest):
+        return []  # of a step that has not run yet: its tokenizer may become another one
     try:
         return [] if calibration_rows(ckpt, context, 1) else ["there are no training rows"]
     except InputError as error:
