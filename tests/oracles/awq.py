@@ -8,8 +8,6 @@ known mistake, to show that tests see it:
 unfolded      inputs are not divided by s
 inverted      quiet channels get the finer steps
 greatest      max |x| instead of the mean
-unnormalized  s is not divided by anything; Q's groups keep the error, so nothing is to be seen,
-              which is why it is not among BUGS
 """
 
 from __future__ import annotations
@@ -27,7 +25,8 @@ def scale(inputs: Array, alpha: float, bug: str = "") -> Array:
     """s [K] for inputs [T, K]."""
     size = np.abs(inputs).max(0) if bug == "greatest" else np.abs(inputs).mean(0)
     s: Array = size ** (-alpha if bug == "inverted" else alpha)
-    return s / np.sqrt(s.max() * s.min())
+    normalized: Array = s / np.sqrt(s.max() * s.min())
+    return normalized
 
 
 def error(

@@ -23,7 +23,7 @@ from pocketglm.contracts import BlockWork, DataOptions, Silent, StepContext
 from pocketglm.errors import UnsupportedError
 from pocketglm.methods import _awq
 from pocketglm.methods._awq import Fold, Search, channel_scale, fold, folds_of, shared, spread
-from pocketglm.methods._gptq import inputs_of
+from pocketglm.methods._gptq import inputs_of, layer_of
 from pocketglm.model.hf import load_decoder
 from pocketglm.model.layers import Block
 from pocketglm.runtimes import open_decoder
@@ -87,7 +87,7 @@ def moved(path: Path, seed: int = 0) -> float:
     with torch.inference_mode():
         before = call(x)
         for which in folds_of(block):
-            columns = block.get_submodule(which.targets[0]).weight.shape[1]
+            columns = layer_of(block, which.targets[0]).weight.shape[1]
             size = len(shared(block, which, torch.zeros(columns)))
             fold(block, which, torch.exp(torch.randn(size, generator=generator)))
         return float((call(x) - before).abs().max() / before.abs().max())
@@ -117,8 +117,8 @@ def test_the_search_is_that_of_the_reference(name: str, tmp_path: Path) -> None:
     search = Search.of(work, 10, True)
     which = folds_of(search.block)[3]
     found = search.alphas(which)
-    x = torch.cat(list(inputs_of(work.block, "ffn.down", work.call, work.hidden)))
-    x, weight = x.double().numpy(), search.block.ffn.down.weight.double().numpy()
+    seen = torch.cat(list(inputs_of(work.block, "ffn.down", work.call, work.hidden)))
+    x, weight = seen.double().numpy(), search.block.ffn.down.weight.double().numpy()
     wanted = {alpha: oracle.error(x, weight, alpha, 4, 32) for alpha in found}
     for alpha, error in wanted.items():
         assert found[alpha] == pytest.approx(error, rel=0.01), alpha

@@ -329,8 +329,8 @@ def test_commands(tmp_path: Path) -> None:
     assert effect["error"] < 0.8 * effect["rtn_error"]
     assert 0 <= effect["validation_exact_match"] <= 1
     ckpt = Checkpoint.open(tmp_path / "out")
-    rows = read_task("command", options)
-    context = StepContext(ckpt, 0, Silent(), Path(), "command", options, rows)
+    learned = read_task("command", options)
+    context = StepContext(ckpt, 0, Silent(), Path(), "command", options, learned)
     tokenizer = Tokenizer.load(ckpt.path)
     found = [tokenizer.inner.decode(row.tolist()) for row in calibration_rows(ckpt, context, 999)]
     assert len(found) == 9
