@@ -27,8 +27,9 @@ class InspectResult(Config):
     that of its cache: a checkpoint's in fp16, an export's as its file keeps it. `logits`: the
     positions that an export computes logits of. `command`: intents with their slots, of a model
     that was trained for commands. `layer_heads`, `layer_ffn`: attention heads and FFN channels of
-    each layer where a pruned model's layers differ; `heads` is the greatest. `notes`: what a user
-    should know, one sentence each.
+    each layer where a pruned model's layers differ; `heads` is the greatest. `layer_ranks`: the
+    factorized linear layers of each layer, with their ranks. `notes`: what a user should know, one
+    sentence each.
     """
 
     path: str
@@ -42,6 +43,7 @@ class InspectResult(Config):
     heads: int | None = None
     layer_heads: list[int] = []
     layer_ffn: list[int] = []
+    layer_ranks: list[dict[str, int]] = []
     kv_heads: int | None = None
     head_dim: int | None = None
     kv_bytes_per_token: int | None = None

@@ -38,6 +38,7 @@ def show(result: InspectResult) -> None:
         ("layers x hidden x heads", _shape(result)),
         ("heads by layer", ", ".join(map(str, result.layer_heads))),
         ("FFN by layer", ", ".join(map(str, result.layer_ffn))),
+        ("factorized", _ranks(result)),
         ("key/value heads", _cache(result)),
         ("vocabulary", f"{result.vocab_size:,}" if result.vocab_size else ""),
         ("context" if result.kv_bytes_per_token else "max length", _length(result)),
@@ -93,6 +94,15 @@ def _ends(result: InspectResult) -> str:
         return ""
     ids = ", ".join(map(str, result.eos_ids))
     return f"token {ids}" if ids else "no token: an answer ends at its limit only"
+
+
+def _ranks(result: InspectResult) -> str:
+    """How many linear layers are products of two, and of what ranks."""
+    ranks = [rank for layer in result.layer_ranks for rank in layer.values()]
+    if not ranks:
+        return ""
+    span = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+    return f"{len(ranks)} linear layers, rank {span}"
 
 
 def _cache(result: InspectResult) -> str:

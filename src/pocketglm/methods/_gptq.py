@@ -53,9 +53,15 @@ def layer_of(block: nn.Module, name: str) -> nn.Linear:
 
 
 def stages_of(layers: Iterable[str]) -> list[list[str]]:
-    """The layers by stage; stages without one are left out."""
+    """The layers by stage; stages without one are left out. Of a factorized layer the first factor
+    has its input, the second one an input of its own.
+    """
     found = set(layers)
-    stages = ([name for name in stage if name in found] for stage in STAGES)
+    stages: list[list[str]] = []
+    for stage in STAGES:
+        names = [name for layer in stage for name in (layer, f"{layer}.factor_in")]
+        stages.append([name for name in names if name in found])
+        stages += [[name] for layer in stage if (name := f"{layer}.factor_out") in found]
     return [stage for stage in stages if stage]
 
 

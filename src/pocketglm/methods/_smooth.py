@@ -28,13 +28,17 @@ _LEAST = 1e-5  # of the two maxima and of s, as in the paper's own code
 
 
 def smoothable(spec: EncoderSpec, layers: Collection[str]) -> dict[str, str]:
-    """Of the layers named, those that can be smoothed -> the layer that makes their input."""
+    """Of the layers named, those that can be smoothed -> the layer that makes their input. Of a
+    factorized one the factor that reads, or makes, it.
+    """
     pairs = {}
     for index in range(spec.num_layers):
-        at = f"blocks.{index}."
-        pairs[f"{at}attention.output"] = f"{at}attention.value"
-        if spec.activation == "relu":
-            pairs[f"{at}ffn.down"] = f"{at}ffn.up"
+        at, ranks = f"blocks.{index}.", dict(spec.ranks(index))
+        wanted = [("attention.output", "attention.value")]
+        wanted += [("ffn.down", "ffn.up")] if spec.activation == "relu" else []
+        for reader, maker in wanted:
+            ends = ".factor_in" * (reader in ranks), ".factor_out" * (maker in ranks)
+            pairs[f"{at}{reader}{ends[0]}"] = f"{at}{maker}{ends[1]}"
     return {layer: maker for layer, maker in pairs.items() if layer in layers}
 
 

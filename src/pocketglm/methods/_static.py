@@ -62,8 +62,10 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def unit_of(layer: str) -> str:
-    """The unit of a layer: query, key and value see one input, and are one product in a file."""
-    return re.sub(r"\.(query|key|value)$", ".input", layer)
+    """The unit of a layer: query, key and value see one input, and are one product in a file; where
+    they are factorized, their first factors see it.
+    """
+    return re.sub(r"\.(query|key|value)(\.factor_in)?$", ".input", layer)
 
 
 def units_of(layers: Iterable[str]) -> dict[str, list[str]]:

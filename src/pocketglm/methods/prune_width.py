@@ -109,6 +109,8 @@ def _check(config: WidthConfig, ckpt: Checkpoint, context: StepContext) -> list[
     reasons = quantized_reason(ckpt)
     units = _units(config, model_spec_of(ckpt))
     reasons += [reason for unit in units if (reason := unit.reason())]
+    if model_spec_of(ckpt).layer_ranks:
+        reasons.append("it is factorized: prune it before that step of the plan")
     if config.importance == "taylor":
         reasons += taylor_reason(ckpt, context)
     if config.per_layer == "global" and config.heads and is_decoder(ckpt):

@@ -24,7 +24,7 @@ from pocketglm.methods._weights import (
     round_to_nearest,
     select_scheme,
 )
-from pocketglm.model.hf import is_decoder
+from pocketglm.model.hf import is_decoder, model_spec_of
 from pocketglm.ops.affine import dequantize
 
 _DAMPING = 0.01
@@ -44,6 +44,8 @@ def _check(config: AwqConfig, ckpt: Checkpoint, context: StepContext) -> list[st
         return [
             "it is an encoder: AWQ folds scales into norms before the layers; use quantize_gptq"
         ]
+    if model_spec_of(ckpt).layer_ranks:
+        return ["it is factorized, so no layer can take a scale whole: use quantize_gptq"]
     return block_reasons(config, ckpt, context)
 
 

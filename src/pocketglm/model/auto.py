@@ -45,7 +45,8 @@ from pocketglm.ops.fake_quant import InputGrid, quantized_inputs
 class PocketGLMConfig(BertConfig):  # type: ignore[no-untyped-call]
     """BERT's fields, and `pooling` says how tokens are pooled; a decoder has its family's.
 
-    Pruned layers: `head_dim`, `layer_num_attention_heads`, `layer_intermediate_size`.
+    Pruned layers: `head_dim`, `layer_num_attention_heads`, `layer_intermediate_size`; factorized
+    ones: `layer_ranks`.
     """
 
     model_type = "pocketglm"

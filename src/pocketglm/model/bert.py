@@ -76,9 +76,9 @@ EMBEDDING = r"embeddings\.(word|position|token_type)_embeddings\.weight$"
 def hf_name(name: str) -> str:
     """Our parameter name -> BertModel's, e.g. `encoder.layer.0.attention.self.query.weight`."""
     module, _, parameter = name.rpartition(".")
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+?)(\.factor_in|\.factor_out)?", module)
     if block:
-        return f"encoder.layer.{block[1]}.{_NAMES[block[2]]}.{parameter}"
+        return f"encoder.layer.{block[1]}.{_NAMES[block[2]]}{block[3] or ''}.{parameter}"
     return f"{_NAMES[module]}.{parameter}"
 
 

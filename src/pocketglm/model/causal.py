@@ -65,9 +65,9 @@ _HINT = "compare it with the original model's config.json"
 def hf_name(name: str) -> str:
     """Our parameter name -> the one on disk, e.g. `model.layers.0.self_attn.q_proj.weight`."""
     module, _, parameter = name.rpartition(".")
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+?)(\.factor_in|\.factor_out)?", module)
     if block:
-        return f"model.layers.{block[1]}.{_NAMES[block[2]]}.{parameter}"
+        return f"model.layers.{block[1]}.{_NAMES[block[2]]}{block[3] or ''}.{parameter}"
     return f"{_NAMES[module]}.{parameter}"
 
 

@@ -6,12 +6,13 @@ What an encoder's folder means:
   `1_Pooling/config.json` says (mean where there is none) and always L2-normalized: the cosine of
   two texts, which is what embeddings are compared by, does not change.
 * `model_type: pocketglm`: the same fields, with `pooling`; for what upstream classes cannot
-  express, such as a mean-pooled classifier or layers of unequal sizes after pruning (`head_dim`,
-  `layer_num_attention_heads`, `layer_intermediate_size`). `model/auto.py` opens it in transformers.
+  express, such as a mean-pooled classifier, layers of unequal sizes after pruning (`head_dim`,
+  `layer_num_attention_heads`, `layer_intermediate_size`) or factorized ones (`layer_ranks`).
+  `model/auto.py` opens it in transformers.
 
 A decoder's folder is a causal language model of one of `DECODERS`; where upstream cannot express
-how its weights are stored, or its layers' FFNs differ, it is `model_type: pocketglm` with the
-`family`.
+how its weights are stored, or its layers' FFNs differ or are factorized, it is `model_type:
+pocketglm` with the `family`.
 """
 
 from __future__ import annotations
@@ -102,7 +103,11 @@ def decoder_spec_of(ckpt: Checkpoint) -> DecoderSpec:
     spec: DecoderSpec = module.spec_of(fields, family, stored_head)
     if ckpt.config["model_type"] != POCKETGLM:
         return spec
-    return replace(spec, **read_decoder_sizes(ckpt.config, fields.file, spec.num_layers))
+    sizes = read_decoder_sizes(ckpt.config, fields.file, spec.num_layers)
+    try:
+        return replace(spec, **sizes)
+    except ValueError as error:
+        raise CheckpointError(f"{fields.file}: {error}", "compare it with the original's") from error
 
 
 def model_spec_of(ckpt: Checkpoint) -> EncoderSpec | DecoderSpec:

@@ -78,6 +78,29 @@ class Past(Protocol):
         """Store new ones [B, kv heads, S, head_dim]; return what the queries may look at."""
 
 
+class Factored(nn.Module):
+    """A linear layer whose weight is the product of two: [N, rank] times [rank, K]."""
+
+    def __init__(self, columns: int, rows: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = columns, rows
+        self.factor_in = nn.Linear(columns, rank, bias=False)
+        self.factor_out = nn.Linear(rank, rows, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        result: Tensor = self.factor_out(self.factor_in(x))
+        return result
+
+
+def _layer(spec: BlockSpec, name: str, columns: int, rows: int, bias: bool) -> nn.Module:
+    """The linear layer of this name in a block, whole or factorized."""
+    rank = dict(spec.ranks).get(name)
+    if rank is None:
+        return nn.Linear(columns, rows, bias)
+    return Factored(columns, rows, rank, bias)
+
+
 class Attention(nn.Module):
     """Multi-head attention of a sequence to itself."""
 
@@ -85,10 +108,11 @@ class Attention(nn.Module):
         super().__init__()
         self.spec = spec
         width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        self.query = nn.Linear(spec.hidden_size, width, spec.attention_bias)
-        self.key = nn.Linear(spec.hidden_size, kv_width, spec.attention_bias)
-        self.value = nn.Linear(spec.hidden_size, kv_width, spec.attention_bias)
-        self.output = nn.Linear(width, spec.hidden_size, spec.output_bias)
+        hidden, bias = spec.hidden_size, spec.attention_bias
+        self.query = _layer(spec, "attention.query", hidden, width, bias)
+        self.key = _layer(spec, "attention.key", hidden, kv_width, bias)
+        self.value = _layer(spec, "attention.value", hidden, kv_width, bias)
+        self.output = _layer(spec, "attention.output", width, hidden, spec.output_bias)
         self.query_norm = nn.RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
         self.key_norm = nn.RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
 
@@ -132,8 +156,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
-        self.up = nn.Linear(spec.hidden_size, spec.intermediate_size, spec.ffn_bias)
-        self.down = nn.Linear(spec.intermediate_size, spec.hidden_size, spec.ffn_bias)
+        hidden, width, bias = spec.hidden_size, spec.intermediate_size, spec.ffn_bias
+        self.up = _layer(spec, "ffn.up", hidden, width, bias)
+        self.down = _layer(spec, "ffn.down", width, hidden, bias)
         self.activation = ACTIVATIONS[spec.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,13 +172,13 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
-        width, bias = spec.intermediate_size, spec.ffn_bias
+        hidden, width, bias = spec.hidden_size, spec.intermediate_size, spec.ffn_bias
         if spec.ffn == "fused":
-            self.gate_up = nn.Linear(spec.hidden_size, 2 * width, bias)
+            self.gate_up = _layer(spec, "ffn.gate_up", hidden, 2 * width, bias)
         else:
-            self.gate = nn.Linear(spec.hidden_size, width, bias)
-            self.up = nn.Linear(spec.hidden_size, width, bias)
-        self.down = nn.Linear(width, spec.hidden_size, bias)
+            self.gate = _layer(spec, "ffn.gate", hidden, width, bias)
+            self.up = _layer(spec, "ffn.up", hidden, width, bias)
+        self.down = _layer(spec, "ffn.down", width, hidden, bias)
         self.fused = spec.ffn == "fused"
         self.activation = ACTIVATIONS[spec.activation]
 

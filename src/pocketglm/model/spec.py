@@ -13,6 +13,13 @@ Pooling = Literal["mean", "cls"]
 Head = Literal["classification", "embedding"]
 Role = Literal["embedding", "attention", "ffn", "head", "other"]
 Family = Literal["glm", "glm4", "llama", "qwen2", "qwen3"]
+Ranks = tuple[tuple[str, int], ...]  # factorized layers of a block and their ranks, as in FACTORS
+
+# The linear layers of a block, by their names in it: what can be the product of two.
+FACTORS = (
+    *(f"attention.{name}" for name in ("query", "key", "value", "output")),
+    *(f"ffn.{name}" for name in ("gate_up", "gate", "up", "down")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,7 @@ class BlockSpec:
     "both" = before and after them, four norms (GLM-4-0414).
     ffn: "plain" = two layers, "gated" = gate, up and down, "fused" = gate and up in one weight.
     qk_norm: query and key are normalized head by head. rope: None = no rotary positions.
+    ranks: layers whose weight is the product of two, [N, rank] and [rank, K].
     """
 
     hidden_size: int
@@ -68,6 +76,29 @@ class BlockSpec:
     ffn: Literal["plain", "gated", "fused"] = "plain"
     qk_norm: bool = False
     rope: RopeSpec | None = None
+    ranks: Ranks = ()
+
+
+def _settle_ranks(spec: EncoderSpec | DecoderSpec) -> None:
+    """One form for each meaning: layers in the order of `FACTORS`; empty if none is a product."""
+    if not any(spec.layer_ranks):
+        object.__setattr__(spec, "layer_ranks", ())
+        return
+    if len(spec.layer_ranks) != spec.num_layers:
+        raise ValueError(
+            f"layer_ranks are of {len(spec.layer_ranks)} layers, the model has {spec.num_layers}"
+        )
+    known = spec.linear_layers
+    for name, rank in (pair for ranks in spec.layer_ranks for pair in ranks):
+        if name not in known:
+            raise ValueError(f"layer_ranks: there is no '{name}', only {', '.join(known)}")
+        if rank < 1:
+            raise ValueError(f"layer_ranks: the rank of '{name}' is {rank}, it should be positive")
+    ordered = tuple(
+        tuple((name, found[name]) for name in known if name in found)
+        for found in map(dict, spec.layer_ranks)
+    )
+    object.__setattr__(spec, "layer_ranks", ordered)
 
 
 def _settle(spec: EncoderSpec | DecoderSpec, name: str, common: str) -> None:
@@ -95,6 +126,7 @@ class EncoderSpec:
     head_dim: 0 = hidden_size / num_heads, and then filled in; a pruned model has fewer heads than
     fill the hidden size. layer_heads, layer_ffn: heads and FFN channels of each layer where they
     differ, empty where all are alike; `num_heads` and `intermediate_size` are then the greatest.
+    layer_ranks: the factorized linear layers of each layer, as in `BlockSpec`; empty: none is.
     """
 
     vocab_size: int
@@ -117,6 +149,7 @@ class EncoderSpec:
     head_dim: int = 0
     layer_heads: tuple[int, ...] = ()
     layer_ffn: tuple[int, ...] = ()
+    layer_ranks: tuple[Ranks, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.head_dim:
@@ -128,6 +161,7 @@ class EncoderSpec:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         _settle(self, "layer_heads", "num_heads")
         _settle(self, "layer_ffn", "intermediate_size")
+        _settle_ranks(self)
         if (self.head == "classification") != (self.num_labels > 0):
             raise ValueError(f"a {self.head} head cannot have {self.num_labels} labels")
         if self.head == "classification" and self.pooler != (self.pooling == "cls"):
@@ -135,9 +169,20 @@ class EncoderSpec:
 
     @property
     def regular(self) -> bool:
-        """Whether all layers are alike and their heads fill the hidden size, as upstream's do."""
+        """Whether all layers are alike, whole, and their heads fill the hidden size, as upstream's
+        do.
+        """
         filled = self.num_heads * self.head_dim == self.hidden_size
-        return filled and not self.layer_heads and not self.layer_ffn
+        return filled and not (self.layer_heads or self.layer_ffn or self.layer_ranks)
+
+    @property
+    def linear_layers(self) -> tuple[str, ...]:
+        """The linear layers of a block, by their names in it."""
+        return tuple(name for name in FACTORS if name not in ("ffn.gate_up", "ffn.gate"))
+
+    def ranks(self, index: int) -> Ranks:
+        """The factorized layers of a block."""
+        return self.layer_ranks[index] if self.layer_ranks else ()
 
     def heads(self) -> tuple[int, ...]:
         """Attention heads of each layer."""
@@ -162,6 +207,7 @@ class EncoderSpec:
             ffn_bias=True,
             dropout=self.dropout,
             attention_dropout=self.attention_dropout,
+            ranks=self.ranks(index),
         )
 
 
@@ -170,8 +216,8 @@ class DecoderSpec:
     """A causal language model. `family` names its form on disk; the rest says what it computes.
 
     tied: the head is the token embedding. four_norms: attention and FFN are normalized before and
-    after. eos_ids: any of them ends a text. layer_ffn: as in `EncoderSpec`; heads are the same in
-    every layer, as the cache is.
+    after. eos_ids: any of them ends a text. layer_ffn, layer_ranks: as in `EncoderSpec`; heads are
+    the same in every layer, as the cache is.
     """
 
     family: Family
@@ -198,9 +244,11 @@ class DecoderSpec:
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     layer_ffn: tuple[int, ...] = ()
+    layer_ranks: tuple[Ranks, ...] = ()
 
     def __post_init__(self) -> None:
         _settle(self, "layer_ffn", "intermediate_size")
+        _settle_ranks(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} attention heads are not a multiple of "
@@ -218,8 +266,18 @@ class DecoderSpec:
 
     @property
     def regular(self) -> bool:
-        """Whether all layers are alike, as upstream's are."""
-        return not self.layer_ffn
+        """Whether all layers are alike and whole, as upstream's are."""
+        return not (self.layer_ffn or self.layer_ranks)
+
+    @property
+    def linear_layers(self) -> tuple[str, ...]:
+        """The linear layers of a block, by their names in it."""
+        other = ("ffn.gate", "ffn.up") if self.fused_ffn else ("ffn.gate_up",)
+        return tuple(name for name in FACTORS if name not in other)
+
+    def ranks(self, index: int) -> Ranks:
+        """The factorized layers of a block."""
+        return self.layer_ranks[index] if self.layer_ranks else ()
 
     def ffn(self) -> tuple[int, ...]:
         """FFN channels of each layer."""
@@ -245,4 +303,5 @@ class DecoderSpec:
             ffn="fused" if self.fused_ffn else "gated",
             qk_norm=self.qk_norm,
             rope=self.rope,
+            ranks=self.ranks(index),
         )

@@ -84,10 +84,11 @@ def cut_spec(spec: Spec, kept: Kept) -> Spec:
     _check(spec, kept)
     groups = tuple(len(kept.groups[layer]) for layer in kept.layers)
     ffn = tuple(len(kept.ffn[layer]) for layer in kept.layers)
+    ranks = tuple(spec.ranks(layer) for layer in kept.layers)
     sizes: dict[str, Any] = {"num_layers": len(kept.layers), "hidden_size": len(kept.hidden)}
     if isinstance(spec, EncoderSpec):
         # The head size stands: it must not be derived anew from the smaller widths.
-        return replace(spec, **sizes, layer_heads=groups, layer_ffn=ffn)
+        return replace(spec, **sizes, layer_heads=groups, layer_ffn=ffn, layer_ranks=ranks)
     if len(set(groups)) > 1:
         raise ValueError(f"a decoder's layers keep the same number of groups, not {groups}")
     return replace(
@@ -96,6 +97,7 @@ def cut_spec(spec: Spec, kept: Kept) -> Spec:
         num_heads=spec.num_heads // spec.num_kv_heads * groups[0],
         num_kv_heads=groups[0],
         layer_ffn=ffn,
+        layer_ranks=ranks,
     )
 
 
@@ -118,6 +120,11 @@ def axes(name: str) -> tuple[Axis, ...]:
     module, _, parameter = re.sub(r"^blocks\.\d+\.", "", name).rpartition(".")
     if module in _BY_HEAD:
         return ("",)
+    whole, _, factor = module.rpartition(".")
+    if factor == "factor_in":
+        return ("", _AXES[whole][1])
+    if factor == "factor_out":
+        return (_AXES[whole][0], "")[: 1 if parameter == "bias" else 2]
     if parameter == "bias" or module not in _AXES:
         return _AXES.get(module, ("hidden", ""))[:1]
     return _AXES[module]

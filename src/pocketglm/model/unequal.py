@@ -1,8 +1,11 @@
-"""What upstream's config cannot have: sizes of pruned layers, of `model_type: pocketglm`.
+"""What upstream's config cannot have: sizes of pruned and factorized layers, of `model_type:
+pocketglm`.
 
 head_dim                    features of a head, where heads do not fill the hidden size
 layer_num_attention_heads   heads of each layer (encoders)
 layer_intermediate_size     FFN channels of each layer
+layer_ranks                 for each layer, the rank of every linear layer that is a product of two:
+                            {"attention.query": 64, ...}
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ from pocketglm.model.spec import DecoderSpec, EncoderSpec
 
 # our field -> config key
 _LISTS = {"layer_heads": "layer_num_attention_heads", "layer_ffn": "layer_intermediate_size"}
-_HEAD_DIM = "head_dim"
-KEYS = (_HEAD_DIM, *_LISTS.values())
-LAYER_KEYS = tuple(_LISTS.values())
+_HEAD_DIM, _RANKS = "head_dim", "layer_ranks"
+LAYER_KEYS = (*_LISTS.values(), _RANKS)
+KEYS = (_HEAD_DIM, *LAYER_KEYS)
 _HINT = "compare it with the config.json that `pocketglm compress` wrote"
 
 
@@ -40,11 +43,33 @@ def read_sizes(config: Mapping[str, Any], file: Path, layers: int) -> dict[str, 
         if (
             not isinstance(counts, list)
             or (listed and len(counts) != layers)
-            or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in counts)
+            or not all(map(_positive, counts))
         ):
             raise CheckpointError(f"{file}: '{key}' should be {wanted}, it is {value!r}", _HINT)
         sizes[ours] = tuple(counts) if listed else value
-    return sizes
+    return sizes | _read_ranks(config, file, layers)
+
+
+def _read_ranks(config: Mapping[str, Any], file: Path, layers: int) -> dict[str, Any]:
+    value = config.get(_RANKS)
+    if value is None:
+        return {}
+    if (
+        not isinstance(value, list)
+        or len(value) != layers
+        or not all(isinstance(ranks, dict) for ranks in value)
+        or not all(_positive(rank) for ranks in value for rank in ranks.values())
+    ):
+        raise CheckpointError(
+            f"{file}: '{_RANKS}' should be a list of {layers} mappings of linear layers to "
+            f"positive whole numbers, it is {value!r}",
+            _HINT,
+        )
+    return {_RANKS: tuple(tuple(ranks.items()) for ranks in value)}
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def read_decoder_sizes(config: Mapping[str, Any], file: Path, layers: int) -> dict[str, Any]:
@@ -60,7 +85,7 @@ def read_decoder_sizes(config: Mapping[str, Any], file: Path, layers: int) -> di
             "same heads in every layer",
             f"known for decoders: {_LISTS['layer_ffn']}",
         )
-    return {ours: value for ours, value in sizes.items() if ours in _LISTS}
+    return {ours: value for ours, value in sizes.items() if ours != _HEAD_DIM}
 
 
 def own_sizes(spec: EncoderSpec | DecoderSpec) -> dict[str, Any]:
@@ -68,4 +93,9 @@ def own_sizes(spec: EncoderSpec | DecoderSpec) -> dict[str, Any]:
     if spec.regular:
         return {}
     lists = {key: list(getattr(spec, ours, ())) for ours, key in _LISTS.items()}
-    return {_HEAD_DIM: spec.head_dim} | {key: sizes for key, sizes in lists.items() if sizes}
+    ranks = {_RANKS: [dict(ranks) for ranks in spec.layer_ranks]} if spec.layer_ranks else {}
+    return {
+        _HEAD_DIM: spec.head_dim,
+        **{key: sizes for key, sizes in lists.items() if sizes},
+        **ranks,
+    }

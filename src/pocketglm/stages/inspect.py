@@ -92,7 +92,8 @@ def _notes(ckpt: Checkpoint) -> list[str]:
 def _own_fields(ckpt: Checkpoint) -> dict[str, Any]:
     """What only encoders have, or only decoders."""
     spec = model_spec_of(ckpt)
-    layers = {"layer_ffn": list(spec.layer_ffn)}
+    ranks = [dict(ranks) for ranks in spec.layer_ranks]
+    layers = {"layer_ffn": list(spec.layer_ffn), "layer_ranks": ranks}
     if isinstance(spec, EncoderSpec):
         own: dict[str, Any] = {"layer_heads": list(spec.layer_heads), **layers}
         own |= {} if spec.regular else {"head_dim": spec.head_dim}

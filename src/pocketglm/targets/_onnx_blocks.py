@@ -45,12 +45,13 @@ def float_blocks(file: Path, ids: Ids, mask: Ids) -> list[tuple[str, Floats]]:
 def _in_float(node: NodeProto, rounded: Collection[str]) -> list[NodeProto]:
     """The node without rounding; `rounded` are the outputs of QuantizeLinear."""
     if node.op_type == "DynamicQuantizeMatMul":
-        x, weight, scales, zeros, bias = node.input
-        product = f"{node.name}.product"
+        x, weight, scales, zeros, *bias = node.input
+        out = list(node.output)
+        product = [f"{node.name}.product"] if bias else out
         return [
             *_dequantized(node.name, weight, scales, zeros),
-            helper.make_node("MatMul", [x, f"{node.name}.weight"], [product]),
-            helper.make_node("Add", [product, bias], list(node.output)),
+            helper.make_node("MatMul", [x, f"{node.name}.weight"], product),
+            *([helper.make_node("Add", [*product, *bias], out)] if bias else []),
         ]
     if node.op_type == "MatMulNBits":
         exact = NodeProto()

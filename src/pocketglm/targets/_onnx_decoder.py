@@ -215,7 +215,12 @@ class DecoderGraph:
         return self.g.op("SimplifiedLayerNormalization", x, gamma, axis=-1, epsilon=epsilon)
 
     def _linear(self, x: str, *layers: str, bias: bool, out: str = "") -> str:
-        """x [..., K] -> [..., N]: `layers` side by side as one product; they are alike."""
+        """x [..., K] -> [..., N]: `layers` side by side as one product; they are alike. A
+        factorized one comes alone, and makes two products.
+        """
+        if self.rows.factored(layers[0]):
+            x = self._linear(x, f"{layers[0]}.factor_in", bias=False)
+            layers = (f"{layers[0]}.factor_out",)
         g, scheme = self.g, self.rows.scheme(layers[0])
         added = self._vector(*(f"{layer}.bias" for layer in layers)) if bias else ""
         if scheme is None:
@@ -242,6 +247,9 @@ class DecoderGraph:
         )
 
     def _alike(self, *layers: str) -> bool:
+        """Whether they can be one product: all whole, and of one scheme."""
+        if len(layers) > 1 and any(self.rows.factored(layer) for layer in layers):
+            return False
         schemes = [self.rows.scheme(layer) for layer in layers]
         return schemes.count(schemes[0]) == len(schemes)
 

@@ -94,7 +94,8 @@ class EncoderGraph:
         layers = [f"blocks.{index}.attention.{name}" for name in ("query", "key", "value")]
         names = [f"{layer}.weight" for layer in layers]
         forms = [(self.weights.scheme(name), self.weights.grid(name)) for name in names]
-        alike, scheme = forms.count(forms[0]) == len(forms), forms[0][0]
+        whole = not any(self.weights.factored(layer) for layer in layers)
+        alike, scheme = whole and forms.count(forms[0]) == len(forms), forms[0][0]
         if self.standard or not alike:
             projections = [linear(g, self.weights, x, name) for name in layers]
             return self._plain_attention(projections, heads)

@@ -65,6 +65,13 @@ class Weights:
         """How the input of the layer with weight `name` is quantized; None: not on a fixed grid."""
         return read_grid(self.ckpt, stored_name(self.ckpt, name))
 
+    def factored(self, layer: str) -> bool:
+        """Whether a layer's weight is the product of two."""
+        if not layer.startswith("blocks."):
+            return False
+        inner = stored_name(self.ckpt, f"{layer}.factor_in.weight")
+        return inner in self.ckpt.tensors or f"{inner}_packed" in self.ckpt.tensors
+
     def integers(self, name: str) -> Quantized:
         """The integers of a quantized weight."""
         return read_quantized(self.ckpt, stored_name(self.ckpt, name))
@@ -98,13 +105,21 @@ def label(*layers: str) -> str:
 
 def linear(g: GraphBuilder, weights: Weights, x: str, *layers: str) -> str:
     """x [..., K] -> [..., N]: `layers` side by side as one product; they must share a scheme, and
-    the grid of their input.
+    the grid of their input, and be whole. A factorized one comes alone, and makes two products.
     """
+    if weights.factored(layers[0]):
+        inner = _product(g, weights, x, f"{layers[0]}.factor_in", bias="")
+        layers = (f"{layers[0]}.factor_out",)
+        x = inner
+    return _product(g, weights, x, *layers, bias=biases(g, weights, *layers))
+
+
+def _product(g: GraphBuilder, weights: Weights, x: str, *layers: str, bias: str) -> str:
+    """bias: '' = none."""
     name = label(*layers)
-    bias = biases(g, weights, *layers)
     scheme = weights.scheme(f"{layers[0]}.weight")
     if scheme is None:
-        return g.op("Add", g.op("MatMul", x, float_columns(g, weights, *layers)), bias)
+        return _sum(g, g.op("MatMul", x, float_columns(g, weights, *layers)), bias)
     part = side_by_side(weights, *layers)
     if scheme.activation not in ("dynamic_tensor", "static"):
         return _matmul_nbits(g, name, x, part, bias)
@@ -112,8 +127,12 @@ def linear(g: GraphBuilder, weights: Weights, x: str, *layers: str) -> str:
     if part.grid is not None:
         inputs = [weight, scales, *([zeros] if zeros else [])]
         columns = g.op("DequantizeLinear", *inputs, axis=1)
-        return g.op("Add", g.op("MatMul", _on_grid(g, x, part.grid), columns), bias)
-    return g.microsoft("DynamicQuantizeMatMul", x, weight, scales, zeros, bias)
+        return _sum(g, g.op("MatMul", _on_grid(g, x, part.grid), columns), bias)
+    return g.microsoft("DynamicQuantizeMatMul", x, weight, scales, zeros, *([bias] if bias else []))
+
+
+def _sum(g: GraphBuilder, x: str, bias: str) -> str:
+    return g.op("Add", x, bias) if bias else x
 
 
 def _on_grid(g: GraphBuilder, x: str, grid: InputGrid) -> str:
@@ -216,14 +235,19 @@ def _matmul_nbits(g: GraphBuilder, name: str, x: str, part: Quantized, bias: str
     scales, zeros = part.scales.expand(rows, blocks), part.zero_points
     if zeros is not None:
         zeros = zeros.expand(rows, blocks)
-    return g.microsoft(
-        "MatMulNBits",
+    inputs = [
         x,
         g.constant(f"{name}.weight", pack_blocks(part.q, bits, block)),
         g.constant(f"{name}.scales", scales.numpy()),
         "" if zeros is None else g.constant(f"{name}.zero_points", pack_rows(zeros, bits)),
         "",
         bias,
+    ]
+    while not inputs[-1]:
+        inputs.pop()
+    return g.microsoft(
+        "MatMulNBits",
+        *inputs,
         K=columns,
         N=rows,
         bits=bits,

@@ -51,6 +51,13 @@ class Rows:
         """How a layer's weight is quantized; None: it is stored in float."""
         return self.ckpt.manifest.schemes.get(self._stored(layer))
 
+    def factored(self, layer: str) -> bool:
+        """Whether a layer's weight is the product of two."""
+        if not layer.startswith("blocks."):
+            return False
+        inner = self._stored(f"{layer}.factor_in")
+        return inner in self.ckpt.tensors or f"{inner}_packed" in self.ckpt.tensors
+
     @property
     def dynamic(self) -> bool:
         """Whether the input of a linear layer may be quantized, of any but a tied head."""

@@ -36,6 +36,7 @@ _WIDTHS = (
     "layer_heads",
     "intermediate_size",
     "layer_ffn",
+    "layer_ranks",
     "max_position_embeddings",
     "family",
     "tied",
@@ -50,7 +51,8 @@ _SIZES = (
     "max_position_embeddings",
     "tied",
 )
-_PRUNED = ("head_dim", "layer_heads", "layer_ffn")  # a student of other sizes has no such layers
+# A student of other sizes has no such layers.
+_PRUNED = ("head_dim", "layer_heads", "layer_ffn", "layer_ranks")
 
 
 def spread(count: int, layers: int) -> tuple[int, ...]:
@@ -111,7 +113,8 @@ def student_spec(
         if name not in known:
             raise UsageError(f"student: there is no '{name}'", nearest(name, known))
     try:
-        sizes: dict[str, Any] = {"head_dim": 0, "layer_heads": (), "layer_ffn": (), **student}
+        plain = {"head_dim": 0, "layer_heads": (), "layer_ffn": (), "layer_ranks": ()}
+        sizes: dict[str, Any] = plain | dict(student)
         config = bert.config_of(replace(base, **sizes))
     except (TypeError, ValueError) as error:
         raise UsageError(f"student: {error}", "correct the sizes") from error
@@ -160,7 +163,7 @@ def decoder_student_spec(
     try:
         share = base.rope.dims / base.head_dim
         dims = int(sizes.get("head_dim", base.head_dim) * share)
-        spec = replace(base, **sizes, rope=replace(base.rope, dims=dims))
+        spec = replace(base, **sizes, layer_ranks=(), rope=replace(base.rope, dims=dims))
         config = DECODERS[spec.family].config_of(spec)
     except (TypeError, ValueError) as error:
         raise UsageError(f"student: {error}", "correct the sizes") from error

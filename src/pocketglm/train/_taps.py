@@ -7,6 +7,8 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
+from pocketglm.model.layers import Factored
+
 Features = Literal["none", "hidden", "relations"]
 
 
@@ -25,7 +27,7 @@ def taps(model: nn.Module, features: Features, layers: Sequence[int]) -> list[nn
 
 def width_of(tap: nn.Module) -> int:
     """Features of a tap's output."""
-    if isinstance(tap, nn.Linear):
+    if isinstance(tap, nn.Linear | Factored):
         return tap.out_features
     size: int = cast(Any, tap).attention.query.in_features
     return size

@@ -1,0 +1,65 @@
+"""A whole model, block by block, on rows of the task: what enters each block and each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.contracts import StepContext
+from pocketglm.model.decoder import Decoder
+from pocketglm.model.encoder import Encoder
+from pocketglm.model.layers import Block, rotation
+from pocketglm.train._calibration import calibration_rows
+from pocketglm.train._sequences import Row
+
+Model = Encoder | Decoder
+_BATCH = 512  # tokens of a batch, unless one row has more
+
+
+def calibration_batches(ckpt: Checkpoint, context: StepContext, tokens: int) -> list[Tensor]:
+    """Training rows as int64 [B, S], of one length in each batch, `tokens` in all."""
+    return batches_of(calibration_rows(ckpt, context, tokens))
+
+
+def batches_of(rows: Sequence[Row]) -> list[Tensor]:
+    """Token ids [B, S]: rows of one length together, so that none is padded."""
+    batches = []
+    for length in sorted({len(row) for row in rows}):
+        same = np.stack([row for row in rows if len(row) == length]).astype(np.int64)
+        count = max(_BATCH // length, 1)
+        batches += [torch.from_numpy(same[at : at + count]) for at in range(0, len(same), count)]
+    return batches
+
+
+@torch.inference_mode()
+def embedded(model: Model, batches: Sequence[Tensor]) -> list[Tensor]:
+    """What enters the first block: [B, S, H] for each batch."""
+    table = model.embeddings if isinstance(model, Encoder) else model.tokens
+    return [table(batch) for batch in batches]
+
+
+def block_of(model: Model, index: int) -> Block:
+    return cast(Block, model.blocks[index])
+
+
+@torch.inference_mode()
+def call(model: Model, block: Block, x: Tensor) -> Tensor:
+    """One block of `model`: x [B, S, H], rows without padding, each from position 0."""
+    rope = block.attention.spec.rope
+    turn = rotation(rope, torch.arange(x.shape[1])[None], x.dtype) if rope else None
+    attend = torch.ones(1, 1, 1, 1).bool() if isinstance(model, Encoder) else None
+    return cast(Tensor, block(x, attend, turn))
+
+
+@torch.inference_mode()
+def answers(model: Model, batch: Tensor) -> Tensor:
+    """What the model gives for rows without padding [B, S]: logits or embeddings of the rows [B, C],
+    of a decoder logits of all tokens [B * S, V].
+    """
+    found: Tensor = model(batch, torch.ones_like(batch))
+    return found.flatten(0, -2)
