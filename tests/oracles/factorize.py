@@ -3,8 +3,8 @@
 Eckart & Young 1936: the best product of rank r is the SVD cut off after r singular values, and its
 squared error is the sum of the squares of the others. SVD-LLM (Wang et al. 2024,
 https://arxiv.org/abs/2403.07378), section 3.1: with S the Cholesky factor of X^T X for inputs X
-[T, K], W S = U D V^T; A = diag(sqrt d) V^T S^-1 and B = U diag(sqrt d), of the first r. `bug` plants
-a known mistake, to show that tests see it:
+[T, K], W S = U D V^T; A = diag(sqrt d) V^T S^-1 and B = U diag(sqrt d), of the first r. `bug`
+plants a known mistake, to show that tests see it:
 
 unwhitened    S is left out (plain SVD)
 transposed    S^T in the place of S

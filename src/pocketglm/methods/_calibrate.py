@@ -222,7 +222,7 @@ def prepare(
         f"{layer}.{part}": stored_name(ckpt, f"{layer}.{part}")
         for pair in makers.items()
         for layer in pair
-        for part in ("weight", "bias")
+        for part, _ in model.get_submodule(layer).named_parameters()
     }
     return Prepared(model, rows, layers, grids, moved, sample, wanted, scheme)
 

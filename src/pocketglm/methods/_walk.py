@@ -58,8 +58,8 @@ def call(model: Model, block: Block, x: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def answers(model: Model, batch: Tensor) -> Tensor:
-    """What the model gives for rows without padding [B, S]: logits or embeddings of the rows [B, C],
-    of a decoder logits of all tokens [B * S, V].
+    """What the model gives for rows without padding [B, S]: logits or embeddings [B, C], of a
+    decoder logits of all tokens [B * S, V].
     """
     found: Tensor = model(batch, torch.ones_like(batch))
     return found.flatten(0, -2)

@@ -16,7 +16,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, cast
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -160,8 +159,8 @@ def _check(config: FactorizeConfig, ckpt: Checkpoint, context: StepContext) -> l
     ]
     if not any(_largest(config, ckpt)):
         reasons.append(
-            f"no layer becomes smaller: with ranks in steps of {config.group_size} the factors have "
-            "as many bytes as the whole, or more than the ratio allows"
+            f"no layer becomes smaller: with ranks in steps of {config.group_size} the factors "
+            "have as many bytes as the whole, or more than the ratio allows"
         )
     return reasons + (calibration_reasons(ckpt, context) if config.whitened else [])
 

@@ -107,7 +107,9 @@ def decoder_spec_of(ckpt: Checkpoint) -> DecoderSpec:
     try:
         return replace(spec, **sizes)
     except ValueError as error:
-        raise CheckpointError(f"{fields.file}: {error}", "compare it with the original's") from error
+        raise CheckpointError(
+            f"{fields.file}: {error}", "compare it with the original's"
+        ) from error
 
 
 def model_spec_of(ckpt: Checkpoint) -> EncoderSpec | DecoderSpec:

@@ -93,8 +93,8 @@ class Factored(nn.Module):
         return result
 
 
-def _layer(spec: BlockSpec, name: str, columns: int, rows: int, bias: bool) -> nn.Module:
-    """The linear layer of this name in a block, whole or factorized."""
+def _layer(spec: BlockSpec, name: str, columns: int, rows: int, bias: bool) -> Any:
+    """The linear layer of this name in a block: `nn.Linear`, or `Factored`."""
     rank = dict(spec.ranks).get(name)
     if rank is None:
         return nn.Linear(columns, rows, bias)

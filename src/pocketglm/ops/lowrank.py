@@ -75,9 +75,9 @@ class Decomposition:
         return float(self.energies[rank:].sum())
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """A float32 [rank, K] and B float32 [N, rank] with W about B A; B's columns are orthonormal.
+        """A float32 [rank, K] and B float32 [N, rank] with W about B A.
 
-        rank: at most N.
+        rank: at most N. B's columns are orthonormal.
         """
         basis, _ = torch.linalg.qr(self.left[:, :rank])
         return (basis.T @ self.weight).float(), basis.float()
@@ -92,4 +92,5 @@ def _spectrum(product: Tensor) -> tuple[Tensor, Tensor]:
 def _root(moments: Tensor) -> Tensor:
     """S with S S^T = moments."""
     values, vectors = torch.linalg.eigh(moments)
-    return vectors * values.clamp(min=0).sqrt()
+    root: Tensor = vectors * values.clamp(min=0).sqrt()
+    return root

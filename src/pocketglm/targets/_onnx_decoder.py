@@ -219,8 +219,11 @@ class DecoderGraph:
         factorized one comes alone, and makes two products.
         """
         if self.rows.factored(layers[0]):
-            x = self._linear(x, f"{layers[0]}.factor_in", bias=False)
+            x = self._product(x, f"{layers[0]}.factor_in", bias=False)
             layers = (f"{layers[0]}.factor_out",)
+        return self._product(x, *layers, bias=bias, out=out)
+
+    def _product(self, x: str, *layers: str, bias: bool, out: str = "") -> str:
         g, scheme = self.g, self.rows.scheme(layers[0])
         added = self._vector(*(f"{layer}.bias" for layer in layers)) if bias else ""
         if scheme is None:
