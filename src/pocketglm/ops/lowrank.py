@@ -8,6 +8,10 @@ that is left out costs just itself. There A is multiplied by S^-1. Here U, the l
 vectors of W S, alone is needed: U U^T W S is that truncation, so B = U and A = U^T W are the same
 product, and inputs that span less than K dimensions do no harm.
 
+Each singular value's root goes to either factor, as there. Of the powers 0, 1/4, 1/2, 3/4 and 1, on
+MiniLM's layers at rank 128 to 224, a half was within 8 % of the best for INT8 and INT4 factors; 0
+lost up to three times as much.
+
 U is found from the smaller of the two products of W S with itself, in float64. Singular values
 below 1e-8 of the greatest are noise.
 """
@@ -17,7 +21,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_SHORTEST = 1e-4  # of the columns of B; the longest has 1
 
 
 class Moments:
@@ -77,10 +83,13 @@ class Decomposition:
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """A float32 [rank, K] and B float32 [N, rank] with W about B A.
 
-        rank: at most N. B's columns are orthonormal.
+        rank: at most N. The lengths of B's columns are the roots of the singular values.
         """
         basis, _ = torch.linalg.qr(self.left[:, :rank])
-        return (basis.T @ self.weight).float(), basis.float()
+        lengths = (self.energies[:rank] / self.energies[0].clamp(min=1e-300)) ** 0.25
+        lengths = nn.functional.pad(lengths, (0, rank - len(lengths))).clamp(min=_SHORTEST)
+        inner = (basis.T @ self.weight) / lengths[:, None]
+        return inner.float(), (basis * lengths).float()
 
 
 def _spectrum(product: Tensor) -> tuple[Tensor, Tensor]:
