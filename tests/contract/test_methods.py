@@ -41,6 +41,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "distill": {"layers": 1, "features": "hidden", "epochs": 2},
 }
 BY_KIND: dict[tuple[str, str], dict[str, Any]] = {("distill", "encoder"): {"augment": 1}}
+# Methods whose result's size only the work itself can tell; what they claim before is the most.
+MEASURED = {"mixed_precision"}
 WORDS = ["abc", "bcd", "cab", "dab", "fig", "hij"]
 Source = tuple[Path, DataOptions]
 
@@ -139,7 +141,10 @@ def test_compress_keeps_the_contract(name: str, kind: str, source: Source, tmp_p
     after = Checkpoint.open(tmp_path / "a")
     assert after.digest() == Checkpoint.open(tmp_path / "b").digest(), "not the same bytes twice"
     stored = sum(info.nbytes for info in after.tensors.values())
-    assert claim.bytes_after == first.bytes_after == stored, "the claimed size does not hold"
+    assert first.bytes_after == stored
+    claimed = claim.bytes_after
+    holds = claimed >= stored if name in MEASURED else claimed == stored
+    assert holds, "the claimed size does not hold"
 
     step = after.manifest.lineage[-1]
     assert (step.method, step.parent) == (name, digest)

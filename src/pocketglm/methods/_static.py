@@ -17,6 +17,7 @@ from pocketglm.artifacts.checkpoint import Checkpoint, TensorInfo, copy_side_fil
 from pocketglm.artifacts.manifest import MANIFEST, write_json
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.model.encoder import Encoder
+from pocketglm.model.families import tied_twin
 from pocketglm.model.hf import is_embedding, is_head, is_linear, spec_of, stored_name
 from pocketglm.model.layers import bare_modules
 from pocketglm.ops.affine import choose_scales, dequantize, quantize, to_integers
@@ -80,7 +81,11 @@ def layout_of(ckpt: Checkpoint, schemes: Mapping[str, TensorScheme]) -> Layout:
     """The tensors of `ckpt` with the weights named in `schemes` quantized, in file order."""
     layout: Layout = {}
     for name, info in ckpt.tensors.items():
-        layout |= stored_layout(name, info.shape, schemes.get(name), info.dtype)
+        scheme = schemes.get(name)
+        parts = stored_layout(name, info.shape, scheme, info.dtype)
+        layout |= parts
+        if scheme:
+            layout |= {twin: parts[p] for p in parts if (twin := tied_twin(ckpt, p, scheme))}
     return layout
 
 
@@ -130,6 +135,8 @@ def write_static(
         q = to_integers(weight, steps, zeros, scheme)
         for part, array in store(name, q, steps, zeros, scheme, grids.get(name)).items():
             writer.write(part, array)
+            if twin := tied_twin(ckpt, part, scheme):
+                writer.write(twin, array)
         error = dequantize(q, steps, zeros, scheme).sub_(weight)
         lost += float(error.square().sum(1).double().sum())
         total += float(weight.square().sum(1).double().sum())

@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.contracts import StepContext
@@ -54,6 +54,17 @@ def call(model: Model, block: Block, x: Tensor) -> Tensor:
     turn = rotation(rope, torch.arange(x.shape[1])[None], x.dtype) if rope else None
     attend = torch.ones(1, 1, 1, 1).bool() if isinstance(model, Encoder) else None
     return cast(Tensor, block(x, attend, turn))
+
+
+@torch.inference_mode()
+def finish(model: Model, x: Tensor) -> Tensor:
+    """What the model makes of the last block's output [B, S, H]; as `answers`."""
+    if isinstance(model, Decoder):
+        return model.logits(model.norm(x)).flatten(0, -2)
+    pooled = model.pool(x, torch.ones(x.shape[:2], dtype=torch.long))
+    if model.classifier is None:
+        return nn.functional.normalize(pooled, dim=-1)
+    return cast(Tensor, model.classifier(pooled))
 
 
 @torch.inference_mode()

@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from pocketglm.artifacts.checkpoint import Checkpoint, read_json, remote_code_hint
+from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.errors import CheckpointError, nearest
 from pocketglm.model import bert, causal, glm, llama, qwen
 from pocketglm.model.sentence import read_max_length, read_pooling
@@ -169,6 +170,22 @@ def is_embedding(name: str) -> bool:
 def is_head(name: str) -> bool:
     """Whether this is the weight of a linear layer of the head (classifier, pooler, lm_head)."""
     return name.endswith(".weight") and role_of(name) == "head" and "LayerNorm" not in name
+
+
+def tied_twin(ckpt: Checkpoint, part: str, scheme: TensorScheme) -> str | None:
+    """The second name of an embedding's scales or zero points where the head is tied to it.
+
+    transformers ties the integers alone, and looks for the head's scales under the head's name.
+    """
+    base, end = part.removesuffix("_scale").removesuffix("_zero_point"), part.rpartition(".")[2]
+    if (
+        scheme.bits != 8
+        or end == "weight"
+        or base != causal.EMBEDDING_WEIGHT
+        or not is_decoder(ckpt)
+    ):
+        return None
+    return causal.HEAD + part.removeprefix(base) if decoder_spec_of(ckpt).tied else None
 
 
 def _family(ckpt: Checkpoint) -> str:

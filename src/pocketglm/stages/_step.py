@@ -30,12 +30,13 @@ from pocketglm.artifacts.manifest import (
 )
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import BlockMethod, Config, Reporter, TensorMethod
+from pocketglm.model.families import tied_twin
 from pocketglm.model.hf import model_spec_of, pocketglm_fields
 from pocketglm.ops.affine import dequantize
 from pocketglm.ops.stored import Layout, as_tensor, check_finite, store, stored_layout
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.stages._memory import Ceiling, keep_freed_memory
-from pocketglm.stages._upstream import opens_in_transformers, quantization_config, tied_twin
+from pocketglm.stages._upstream import opens_in_transformers, quantization_config
 from pocketglm.stages.plan import PlanStep
 
 if TYPE_CHECKING:

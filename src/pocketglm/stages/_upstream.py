@@ -15,7 +15,7 @@ from typing import Any
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.model.causal import EMBEDDING_WEIGHT, HEAD
-from pocketglm.model.hf import POCKETGLM, decoder_spec_of, is_decoder, is_embedding
+from pocketglm.model.hf import POCKETGLM, is_embedding
 
 YES = "yes"
 WITH_DEQUANTIZE = "with dequantize=True"
@@ -40,17 +40,6 @@ def opens_in_transformers(ckpt: Checkpoint) -> str:
     if ckpt.config.get("model_type") == POCKETGLM:
         return "no, because model_type pocketglm is not its own (import pocketglm.model.auto first)"
     return WITH_DEQUANTIZE if asymmetric else YES
-
-
-def tied_twin(ckpt: Checkpoint, part: str, scheme: TensorScheme) -> str | None:
-    """The second name of an embedding's scales or zero points where the head is tied to it.
-
-    transformers ties the integers alone, and looks for the head's scales under the head's name.
-    """
-    base, end = part.removesuffix("_scale").removesuffix("_zero_point"), part.rpartition(".")[2]
-    if scheme.bits != 8 or end == "weight" or base != EMBEDDING_WEIGHT or not is_decoder(ckpt):
-        return None
-    return HEAD + part.removeprefix(base) if decoder_spec_of(ckpt).tied else None
 
 
 def quantization_config(
