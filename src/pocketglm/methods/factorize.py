@@ -6,6 +6,9 @@ which it computes, each for the inputs that the factorized model gives it. Ranks
 the group size, so that a following step can quantize both factors by group; they are chosen by the
 bytes that the layer will have after that step (`bits`), and a layer that would not become smaller
 stays as it is, to the last bit. Nothing is retrained: `distill` afterwards.
+
+MiniLM's embeddings of 300 clinc150 rows that it was not calibrated with moved (1 - cosine) by 0.07,
+0.11 and 0.21 with 0.9, 0.75 and 0.5 of the linear layers' bytes; by plain SVD 0.32, 0.43 and 0.64.
 """
 
 from __future__ import annotations
