@@ -7,10 +7,10 @@ where they save the most of it (`ops/allocation.py`). The changes are added up a
 depend on each other; `kl` in the result is measured with all of them at once. The weights are
 stored as `quantize_rtn` stores them.
 
-MiniLM's embeddings of 300 clinc150 rows that it did not see moved (1 - cosine) by 0.030 with 13.6 MB
-(all 4 bits), 0.015 with 14.6 (ratio 0.1), 0.0068 with 16.0 (0.25), 0.0015 with 18.3 (0.5) and 0.0004
-with 23.5 (all 8 bits). The changes of its units added up were within 5 % of the change of all, and
-within 5 % of the bound.
+MiniLM's embeddings of 300 clinc150 rows that it did not see moved (1 - cosine) by 0.030 with 13.6
+MB (all 4 bits), 0.015 with 14.6 (ratio 0.1), 0.0068 with 16.0 (0.25), 0.0015 with 18.3 (0.5) and
+0.0004 with 23.5 (all 8 bits). The changes of its units added up were within 5 % of the change of
+all, and within 5 % of the bound.
 
 The whole model is held in float32, and passed through once for each form of each unit, from that
 unit on.
