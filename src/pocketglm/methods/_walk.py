@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,26 +13,15 @@ from pocketglm.contracts import StepContext
 from pocketglm.model.decoder import Decoder
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.layers import Block, rotation
-from pocketglm.train._calibration import calibration_rows
-from pocketglm.train._sequences import Row
+from pocketglm.train._calibration import batches_of, calibration_rows
 
 Model = Encoder | Decoder
-_BATCH = 512  # tokens of a batch, unless one row has more
 
 
 def calibration_batches(ckpt: Checkpoint, context: StepContext, tokens: int) -> list[Tensor]:
     """Training rows as int64 [B, S], of one length in each batch, `tokens` in all."""
-    return batches_of(calibration_rows(ckpt, context, tokens))
-
-
-def batches_of(rows: Sequence[Row]) -> list[Tensor]:
-    """Token ids [B, S]: rows of one length together, so that none is padded."""
-    batches = []
-    for length in sorted({len(row) for row in rows}):
-        same = np.stack([row for row in rows if len(row) == length]).astype(np.int64)
-        count = max(_BATCH // length, 1)
-        batches += [torch.from_numpy(same[at : at + count]) for at in range(0, len(same), count)]
-    return batches
+    rows = calibration_rows(ckpt, context, tokens)
+    return [torch.from_numpy(batch) for batch in batches_of(rows)]
 
 
 @torch.inference_mode()

@@ -29,7 +29,7 @@ from pocketglm.model.hf import model_spec_of, stored_name
 from pocketglm.model.layers import Block, bare_modules
 from pocketglm.ops.affine import dequantize
 from pocketglm.ops.stored import Layout, as_array, as_tensor, store, stored_layout
-from pocketglm.stages._blocks import BATCH, Parts, TableRows, batches_of, cut
+from pocketglm.stages._blocks import Parts, TableRows, cut
 from pocketglm.stages._memory import Ceiling, keep_freed_memory, megabytes
 from pocketglm.stages._model_step import SCORED, scoring_bytes
 from pocketglm.stages._step import (
@@ -44,7 +44,7 @@ from pocketglm.stages._step import (
     upstream_config,
 )
 from pocketglm.stages.plan import PlanStep
-from pocketglm.train._calibration import calibration_rows
+from pocketglm.train._calibration import BATCH, batches_of, calibration_rows
 
 _HIDDEN, _FIGURE = "hidden", "figure."
 _SPARE = 96 << 20  # a batch's activations, chunks of the embedding, what the allocator keeps

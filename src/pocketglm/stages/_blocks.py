@@ -17,23 +17,10 @@ from pocketglm.model.layers import Block, bare_modules, rotation
 from pocketglm.model.spec import DecoderSpec
 from pocketglm.ops.stored import as_tensor, check_finite, read_weight
 from pocketglm.stages._step import row_ranges
-from pocketglm.train._sequences import Row
 
-BATCH = 512  # tokens of a batch, unless one row has more
 _CHUNK = 1 << 20  # elements of a table that are read at a time
 
 TableRows = Callable[[Tensor], Tensor]  # what a table's rows [N, K] will be, once it is quantized
-
-
-def batches_of(rows: Sequence[Row]) -> list[Ids]:
-    """Token ids [B, S]: rows of one length together, so that none is padded."""
-    batches = []
-    for length in sorted({len(row) for row in rows}):
-        same = [row for row in rows if len(row) == length]
-        count = max(BATCH // length, 1)
-        parts = (same[start : start + count] for start in range(0, len(same), count))
-        batches += [np.stack(part).astype(np.int64) for part in parts]
-    return batches
 
 
 def cut(hidden: Tensor, batches: Sequence[Ids]) -> list[Tensor]:

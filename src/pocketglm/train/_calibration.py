@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pocketglm.artifacts.checkpoint import Checkpoint
-from pocketglm.contracts import StepContext
+from pocketglm.contracts import Ids, StepContext
 from pocketglm.data.frames import grammar_of
 from pocketglm.data.texts import TextRow
 from pocketglm.errors import CheckpointError, InputError
@@ -22,6 +22,7 @@ from pocketglm.train._lm_job import text_sequences
 from pocketglm.train._rows import tokenize
 from pocketglm.train._sequences import Row
 
+BATCH = 512  # tokens of a batch, unless one row has more
 _LINES = 8  # texts that are joined at first
 
 
@@ -58,6 +59,17 @@ def calibration_rows(ckpt: Checkpoint, context: StepContext, tokens: int) -> lis
             found.append(row)
             tokens -= len(row)
     return found
+
+
+def batches_of(rows: Sequence[Row]) -> list[Ids]:
+    """Token ids [B, S]: rows of one length together, so that none is padded."""
+    batches = []
+    for length in sorted({len(row) for row in rows}):
+        same = [row for row in rows if len(row) == length]
+        count = max(BATCH // length, 1)
+        parts = (same[start : start + count] for start in range(0, len(same), count))
+        batches += [np.stack(part).astype(np.int64) for part in parts]
+    return batches
 
 
 def _drawn(ckpt: Checkpoint, context: StepContext) -> Iterator[Row]:
