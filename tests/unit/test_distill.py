@@ -291,6 +291,39 @@ def test_a_changed_text_keeps_its_label_only_if_the_teacher_agrees(
     assert alone(0).collate(every)["hard"].all()
 
 
+def test_the_teacher_alone_speaks_of_texts_without_labels(
+    teacher: Path, data: DataOptions, tmp_path: Path
+) -> None:
+    """An epoch has the next piece of them; their labels do not count, the soft targets do."""
+    rows = read_labelled(task_config("intent", data))
+    job = prepare_classifier(Checkpoint.open(teacher), task_config("intent", data), rows, Silent())
+    texts, new = [row.text for row in rows.train], [f"{word} {word}" for word in WORDS] * 30
+    ask = Teacher(Checkpoint.open(teacher), tmp_path, 32, "none", (), Silent())
+    lessons: Any = Lessons(job, Tokenizer.load(teacher), texts, ask, 0, 0.3, new).rows()
+    count = len(texts)
+    batches = [lessons(number) for number in range(3)]
+    assert all(len(batch.lengths) == 2 * count for batch in batches)
+    second = batches[0].collate(np.arange(count, 2 * count))
+    assert not second["hard"].any()
+    assert batches[0].collate(np.arange(count))["hard"].all()
+    assert torch.isfinite(second["soft"]).all()
+    again = batches[2].collate(np.arange(count, 2 * count))
+    assert torch.equal(second["ids"], again["ids"]), "180 texts are two pieces of 64"
+    other = batches[1].collate(np.arange(count, 2 * count))
+    assert not torch.equal(second["soft"], other["soft"])
+
+
+def test_another_corpus_is_another_step(teacher: Path, data: DataOptions, tmp_path: Path) -> None:
+    file = tmp_path / "more.txt"
+    file.write_text("abc fig\nhij cab\n" * 3)
+    first = distill(teacher, tmp_path / "a", data, corpora=[str(file)], layers=1)
+    plain = distill(teacher, tmp_path / "b", data, layers=1)
+    file.write_text("dab dab\n")
+    second = distill(teacher, tmp_path / "c", data, corpora=[str(file)], layers=1)
+    assert not same_weights(first, plain)
+    assert not same_weights(first, second)
+
+
 @pytest.mark.parametrize("moment", ["teacher", "train"])
 def test_kill_9_and_the_same_command_give_the_same_bytes(
     moment: str, teacher: Path, data: DataOptions, tmp_path: Path
@@ -328,6 +361,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"student": {"num_layers": 6}, "init": "teacher"}, r"6 layers, the model only 4"),
     ({"layers": 2, "features": "hidden", "layer_map": {2: 0}}, r"{2: 0} is out of range"),
     ({"layers": 2, "features": "hidden", "layer_map": {0: 4}}, r"the teacher 0 to 3"),
+    ({"corpora": ["none.txt"]}, r"corpora: 'none.txt' is no file"),
+    ({"corpora": ["none.txt"], "alpha": 0}, r"without a teacher .* nothing says"),
     ({"features": "relations", "relation_heads": 12}, r"12 does not divide 128 features"),
 ]
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.contracts import StepContext
+from pocketglm.data.readers import read_texts
 from pocketglm.text.tokenizer import Tokenizer
 from pocketglm.train._distill_job import Terms
 from pocketglm.train._step import StepTraining
@@ -70,6 +71,11 @@ class TeachingConfig(StepTraining):
     )
     augment_share: float = Field(
         0.3, gt=0, le=1, description="share of a copy's words that are dropped, swapped or replaced"
+    )
+    corpora: list[str] = Field(
+        [],
+        description="encoders: files with further texts, without labels (.txt, .jsonl[.gz], .csv), "
+        "that the teacher scores; an epoch has as many of them as training rows",
     )
     reverse: bool = Field(
         False, description="KL(student || teacher) instead of KL(teacher || student)"
@@ -171,6 +177,28 @@ def hold_zeros(config: TeachingConfig, ckpt: Checkpoint, model: nn.Module) -> No
         if parameter.ndim == 2 and (kept := parameter != 0).logical_not().any():
             held = functools.partial(torch.mul, kept.to(parameter.dtype))
             parameter.register_hook(held)  # type: ignore[no-untyped-call]
+
+
+def corpus_of(config: TeachingConfig, context: StepContext) -> list[str]:
+    """The unlabelled texts, each once.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    column = context.data.text_column if context.data else "text"
+    texts = (text for path in config.corpora for text in read_texts(Path(path), column))
+    return list(dict.fromkeys(texts))
+
+
+def corpus_reasons(config: TeachingConfig) -> list[str]:
+    """Why the unlabelled texts cannot be used."""
+    if config.corpora and not terms_of(config).asks:
+        return ["corpora: without a teacher (alpha 0, features none) nothing says what they mean"]
+    return [
+        f"corpora: '{path}' is no file: give .txt, .jsonl[.gz] or .csv files"
+        for path in config.corpora
+        if not Path(path).is_file()
+    ]
 
 
 # --- refusals that both kinds have in common -----------------------------------------------------

@@ -60,6 +60,8 @@ def reasons(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> li
     found = []
     if config.features == "relations":
         found.append("features: relations are for encoders: set hidden or none")
+    if config.corpora:
+        found.append("corpora is for encoders; a decoder learns from more rows: put them into DATA")
     if config.augment:
         found.append("augment is for encoders; of commands, slot_swap and made_up change the rows")
     if context.task != "command" and (config.slot_swap or config.made_up):

@@ -13,6 +13,8 @@ from pocketglm.errors import CheckpointError
 from pocketglm.methods._distill import (
     DistillConfig,
     TeachingConfig,
+    corpus_of,
+    corpus_reasons,
     hold_zeros,
     init_of,
     init_reasons,
@@ -69,6 +71,8 @@ def teaching_reasons(
     Raises:
         InputError: the teacher's folder cannot be opened.
     """
+    if found := corpus_reasons(config):
+        return found
     if not terms_of(config).asks:
         return []
     teacher = teacher_of(config, context)
@@ -178,6 +182,7 @@ def learn(
         teacher=teacher,
         copies=config.augment,
         share=config.augment_share,
+        unlabelled=corpus_of(config, context),
     )
     hold_zeros(config, ckpt, job.model)
     new = ("projections.", *(f"student.{name}" for name in job.fresh))

@@ -59,7 +59,7 @@ def _run(
 
 def _inputs(config: DistillConfig) -> Sequence[Path]:
     student = config.student if isinstance(config.student, str) else None
-    named = [config.teacher, None if student in SIZES else student]
+    named = [config.teacher, None if student in SIZES else student, *config.corpora]
     return [Path(name) for name in named if name is not None]
 
 

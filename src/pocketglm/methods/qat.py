@@ -134,4 +134,5 @@ SPEC = ModelMethod(
     predict=lambda config, ckpt, context: static_headers(config, ckpt, config.activation),
     run=_run,
     needs_rows=lambda config: True,
+    inputs=lambda config: [Path(p) for p in (config.teacher, *config.corpora) if p is not None],
 )

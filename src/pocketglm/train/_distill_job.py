@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -140,8 +140,9 @@ class _Part:
 class Lessons:
     """The training rows of a student, epoch by epoch.
 
-    texts: the training texts. copies: changed copies of each; an epoch has the texts themselves and
-    the next copy of them.
+    texts: the training texts. copies: changed copies of each. unlabelled: further texts that only
+    the teacher says something about. An epoch has the texts themselves, the next copy of them, and
+    the next of the unlabelled ones, as many as there are texts.
     """
 
     job: EncoderJob
@@ -150,6 +151,7 @@ class Lessons:
     teacher: Teacher | None
     copies: int = 0
     share: float = 0.0
+    unlabelled: Sequence[str] = ()
 
     def rows(self) -> Rows | EpochRows:
         """As `train` takes them.
@@ -168,13 +170,31 @@ class Lessons:
                 f"{self.texts[row][:60]!r}",
                 "set features to none, or distill from a teacher with the same tokenizer",
             )
-        if not self.copies:
+        if not (self.copies or self.unlabelled):
             return _rows([first], self.job.pad_id)
 
         def epoch(number: int) -> Rows:
-            return _rows([first, self._copy(number % self.copies)], self.job.pad_id)
+            parts = [first]
+            if self.copies:
+                parts.append(self._copy(number % self.copies))
+            if self.unlabelled:
+                parts.append(self._unlabelled(number))
+            return _rows(parts, self.job.pad_id)
 
         return epoch
+
+    def _unlabelled(self, epoch: int) -> _Part:
+        """The next piece of the unlabelled texts, all pieces of one size."""
+        size = min(len(self.unlabelled), len(self.texts))
+        pieces = len(self.unlabelled) // size
+        order = np.random.default_rng(0).permutation(len(self.unlabelled))
+        chosen = order[epoch % pieces * size :][:size]
+        texts = [self.unlabelled[number] for number in chosen]
+        ids = tokenize(self.tokenizer, texts, self.job.max_length).ids
+        what = f"piece {epoch % pieces + 1} of {pieces} of the unlabelled texts"
+        part = self._part(texts, ids, what)
+        part.hard[:] = 0
+        return replace(part, targets=np.zeros(size, np.int64))
 
     def _copy(self, number: int) -> _Part:
         """Changed texts. A label counts where the teacher gives it too: who knows what the text
@@ -207,7 +227,7 @@ def _rows(parts: Sequence[_Part], pad_id: int) -> Rows:
     )
     logits = [part.logits for part in parts if part.logits is not None]
     soft = torch.from_numpy(np.concatenate(logits)) if logits else None
-    first = len(parts[0].ids)
+    starts = np.cumsum([0, *(len(part.ids) for part in parts)])
 
     def collate(rows: npt.NDArray[np.int64]) -> Batch:
         batch = pad(ids, rows, pad_id)
@@ -215,8 +235,12 @@ def _rows(parts: Sequence[_Part], pad_id: int) -> Rows:
         batch |= {"labels": targets[chosen], "hard": hard[chosen], "aligned": aligned[chosen]}
         if soft is not None:
             batch["soft"] = soft[chosen]
-        owners = [(parts[int(row >= first)], int(row % first)) for row in rows]
-        outputs = [(part.outputs, row) for part, row in owners if part.outputs is not None]
+        owners = np.searchsorted(starts, rows, "right") - 1
+        outputs = [
+            (found, int(row - starts[owner]))
+            for row, owner in zip(rows, owners, strict=True)
+            if (found := parts[owner].outputs) is not None
+        ]
         if outputs:
             batch |= _features(outputs, batch["ids"].shape[1])
         return batch
