@@ -32,6 +32,7 @@ SCHEMES = [
     TensorScheme(bits=4, group_size=64),
     TensorScheme(bits=4, group_size=128),
     TensorScheme(bits=4, group_size=32, symmetric=False),
+    TensorScheme(bits=4, group_size=256),
 ]
 
 
@@ -109,6 +110,11 @@ def test_the_reference_catches_a_planted_bug(bug: str, search: bool) -> None:
     assert not agrees(scheme, search, bug)
 
 
+@pytest.mark.parametrize("bug", rtn.TABLE_BUGS)
+def test_the_reference_catches_a_wrong_table(bug: str) -> None:
+    assert not agrees(SCHEMES[3], True, bug)
+
+
 def mean_error(w: torch.Tensor, factors: list[float] | None) -> float:
     """Mean squared error of symmetric INT4 by 32: ours, or the best of range / factor."""
     scheme = TensorScheme(bits=4, group_size=32)
@@ -122,7 +128,7 @@ def mean_error(w: torch.Tensor, factors: list[float] | None) -> float:
 
 @pytest.mark.parametrize("kind", ["normal", "laplace", "trained"])
 def test_few_candidates_are_almost_as_good_as_many(kind: str, minilm: Path) -> None:
-    """Within 0.5 % of 41 candidates: the whole numbers and 34 that clip, evenly spaced."""
+    """Within 0.3 % of 41 candidates: the whole numbers and 34 that clip, evenly spaced."""
     torch.manual_seed(3)
     if kind == "trained":
         ckpt = Checkpoint.open(minilm)
@@ -132,7 +138,7 @@ def test_few_candidates_are_almost_as_good_as_many(kind: str, minilm: Path) -> N
     else:
         w = torch.distributions.Laplace(0.0, 1.0).sample((512, 1024))
     many = [*map(float, range(1, 8)), *(7 * (1 + 0.65 * i / 32) for i in range(33)), 8.0]
-    assert mean_error(w, None) < 1.005 * mean_error(w, many)
+    assert mean_error(w, None) < 1.003 * mean_error(w, many)
     assert mean_error(w, None) < 0.9 * mean_error(w, [7.0])
 
 

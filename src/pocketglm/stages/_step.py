@@ -141,7 +141,7 @@ class StepJob:
         last = stop is None or stop == info.shape[0]
         if scheme is None:
             return _Chunk(info.name, [(info.name, rows)], last)
-        weight = as_tensor(rows).float()
+        weight = as_tensor(rows)
         check_finite(self.ckpt, info.name, weight, start)
         q, scales, zero_points = self.spec.quantize(self.step.config, weight, scheme)
         parts = []
@@ -154,7 +154,8 @@ class StepJob:
             if twin := tied_twin(self.ckpt, part, scheme):
                 parts.append((twin, array))
         error = dequantize(q, scales, zero_points, scheme).sub_(weight)
-        return _Chunk(info.name, parts, last, _squares(error), _squares(weight))
+        lost = _squares(error)
+        return _Chunk(info.name, parts, last, lost, _squares(error.copy_(weight)))
 
 
 @dataclass(frozen=True, slots=True)
