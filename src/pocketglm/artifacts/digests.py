@@ -47,17 +47,19 @@ def digest_files(root: Path, files: Iterable[Path]) -> str:
     return digest_value(digests)
 
 
-def begin(folder: Path) -> None:
-    """Let a thread digest the weights in `folder`; `digest_files` takes what it has by then.
-
-    The process may end before the thread.
+def begin(folder: Path) -> threading.Thread:
+    """Let a thread digest the weights in `folder`: `digest_files` takes what it has by then, and
+    does the rest. The process may end before it.
     """
+    places: dict[Place, Future[str]] = {}
     with suppress(OSError):
         whole = folder / "model.safetensors"
         files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
-        places = {place: Future[str]() for file in files for place in _places(file)}
-        _begun.update(places)
-        threading.Thread(target=_work, args=(places,), daemon=True).start()
+        places = {place: Future() for file in files for place in _places(file)}
+    _begun.update(places)
+    thread = threading.Thread(target=_work, args=(places,), daemon=True)
+    thread.start()
+    return thread
 
 
 def _work(places: dict[Place, Future[str]]) -> None:
