@@ -2,12 +2,12 @@
 
 The rule: the scale is a bf16 value in [2^-14, 65280], fixed first; then the integers, nearest, ties
 to even. Plain maximum: the smallest range that clips nothing. Search: a scale with a small squared
-error, and the plain maximum where that is as good. Symmetric 4 bits, groups up to 128: of range / 16
-divisors the one with the least estimate: each value is first rounded to 840ths of the range (in
+error, and the plain maximum where that is as good. Symmetric 4 bits, groups up to 128: of range /
+16 divisors the one with the least estimate: each value is first rounded to 840ths of the range (in
 float32), each error then to whole 65536ths of its square. Else, and where such a scale would not be
 allowed: range / divisor for some divisors that clip, then (4 bits) multiples of the best of these,
-in two rounds, then range / whole number (4 bits: if the first 8 values are within 1/128 of multiples
-of one of those). `bug` plants a known mistake, to show that tests see it.
+in two rounds, then range / whole number (4 bits: if the first 8 values are within 1/128 of
+multiples of one of those). `bug` plants a known mistake, to show that tests see it.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def quantize_group(
         cost = estimates(w, span, bug)
         place = len(cost) - 1 - int(cost[::-1].argmin()) if bug == "last_divisor" else cost.argmin()
         if bug == "no_plain":
-            best = None
+            best = (np.inf, *best[1:])
         consider([span / DIVISORS[place]])
     elif search:
         clipping, fine, whole = rounds(bits, symmetric)

@@ -19,7 +19,13 @@ from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import is_embedding, is_head, is_linear, spec_of, stored_name
 from pocketglm.model.layers import bare_modules
-from pocketglm.ops.affine import choose_scales, dequantize, quantize, to_integers
+from pocketglm.ops.affine import (
+    choose_scales,
+    dequantize,
+    quantize,
+    squared_error,
+    to_integers,
+)
 from pocketglm.ops.fake_quant import InputGrid
 from pocketglm.ops.stored import Layout, as_array, as_tensor, check_finite, store, stored_layout
 
@@ -128,9 +134,8 @@ def write_static(
         q = to_integers(weight, steps, zeros, scheme)
         for part, array in store(name, q, steps, zeros, scheme, grids.get(name)).items():
             writer.write(part, array)
-        error = dequantize(q, steps, zeros, scheme).sub_(weight)
-        lost += float(error.square().sum(1).double().sum())
-        total += float(weight.square().sum(1).double().sum())
+        error, square = squared_error(weight, q, steps, zeros, scheme)
+        lost, total = lost + error, total + square
     writer.close()
     copy_side_files(ckpt, folder)
     write_json(folder / "config.json", ckpt.config)

@@ -11,9 +11,10 @@ The scale is searched for the least squared error, as in "Post training 4-bit qu
 convolutional networks" (Banner et al., NeurIPS 2019), here by enumeration. Symmetric INT4 in groups
 compares 16 scales at once: a table holds the error that each would cause to a value that is a whole
 number of 840ths of the range, so that a group's errors are the sum of some of its rows (`_table`).
-The one that is found and the plain maximum are then compared exactly. On normal, Laplace and
-Student's t (4) weights, groups of 32 and 128, the mean squared error is QUALITY above that of 41
-evenly spaced scales. The other schemes try fewer scales, coarse to fine (`_search`).
+The one that is found and the plain maximum are then compared exactly. The mean squared error is
+above that of 41 evenly spaced scales by 0.21 % on normal weights, 0.15 % on Laplace's and 0.13 % on
+Student's t with 4 degrees (groups of 32; of 128: 0.32, 0.26 and 0.22 %); below the plain maximum's
+by 12, 9 and 8 % (18, 17 and 17 %). The other schemes try fewer scales, coarse to fine (`_search`).
 
 Only element-wise float32 operations, sums of whole numbers and sums in one fixed order decide, so
 the result does not depend on how rows are batched, on the number of threads, or on the machine.
@@ -34,9 +35,9 @@ SCALE_MIN = 2.0**-14  # fp16's smallest normal number
 SCALE_MAX = 65280.0  # the largest bf16 value below fp16's maximum, 65504
 GROUP_SIZES = (32, 64, 128)
 _CHUNK = 1 << 18  # elements that the search works on at a time: they stay in the cache
-# Symmetric INT4 by table: the range is divided by these. 4 to 8 bring a weight that is on a grid
-# already back to it, whose largest integer is one of them or, times a power of two, becomes one; the
-# others had the least error together.
+# Symmetric INT4 by table: the range is divided by these. 4 to 8 bring a weight back that is on a
+# grid already (its largest integer, perhaps times a power of two, is one of them); the others had
+# the least error together.
 _DIVISORS = (4, 5, 6, 7, 7.2, 7.35, 7.55, 7.7, 7.85, 8, 8.15, 8.3, 8.5, 8.8, 9.15, 9.65)
 _PIECE = 1 << 19  # elements that the table search works on at a time: fewer calls count more
 _PARTS = 840  # of the range: multiples of its 4th, 5th, 6th, 7th and 8th part are exact
@@ -101,9 +102,8 @@ def choose_scales(
     check_groups("weight", weight.shape[1], scheme)
     if search and _has_table(scheme):
         return _choose_by_table(weight, scheme), None
-    rows = max(1, _CHUNK // max(weight.shape[1], 1))
-    chunks = [weight[start : start + rows] for start in range(0, max(len(weight), 1), rows)]
-    parts = [_choose(_grouped(chunk.float(), scheme), scheme, search) for chunk in chunks]
+    chunks = (weight[rows].float() for rows in _row_ranges(*weight.shape))
+    parts = [_choose(_grouped(chunk, scheme), scheme, search) for chunk in chunks]
     scales = torch.cat([scale for scale, _ in parts])
     if scheme.symmetric:
         return scales, None
@@ -118,10 +118,31 @@ def to_integers(
 ) -> torch.Tensor:
     """The nearest integers int8 [N, K] for given scales [N, G]; ties go to the even one."""
     low, high = limits(scheme)
-    q = (_grouped(weight.float(), scheme) / scales.unsqueeze(-1)).round_()
-    if zero_points is not None:
-        q += zero_points.unsqueeze(-1)
-    return q.clamp_(low, high).to(torch.int8).reshape(weight.shape)
+    integers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows in _row_ranges(*weight.shape):
+        q = (_grouped(weight[rows].float(), scheme) / scales[rows].unsqueeze(-1)).round_()
+        if zero_points is not None:
+            q += zero_points[rows].unsqueeze(-1)
+        integers[rows] = q.clamp_(low, high).flatten(1)
+    return integers
+
+
+def squared_error(
+    weight: torch.Tensor,
+    q: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    scheme: TensorScheme,
+) -> tuple[float, float]:
+    """Sums over float [N, K]: squared differences from what is stored, and squares."""
+    lost = total = 0.0
+    for rows in _row_ranges(*weight.shape):
+        zeros = None if zero_points is None else zero_points[rows]
+        w = weight[rows].float()
+        error = dequantize(q[rows], scales[rows], zeros, scheme).sub_(w).square_()
+        lost += float(error.sum(1).double().sum())  # rows in float32, all in float64
+        total += float(torch.square(w, out=error).sum(1).double().sum())
+    return lost, total
 
 
 def dequantize(
@@ -141,6 +162,12 @@ def dequantize(
 def canonical(scales: torch.Tensor) -> torch.Tensor:
     """The nearest allowed scales: bf16 values in the normal range of fp16; float32, never 0."""
     return scales.float().to(torch.bfloat16).float().clamp_(SCALE_MIN, SCALE_MAX)
+
+
+def _row_ranges(rows: int, columns: int) -> Iterator[slice]:
+    """All rows, about _CHUNK elements at a time; one empty range if there are none."""
+    step = max(1, _CHUNK // max(columns, 1))
+    return (slice(start, start + step) for start in range(0, max(rows, 1), step))
 
 
 def _grouped(weight: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
@@ -174,9 +201,10 @@ def _choose_by_table(weight: torch.Tensor, scheme: TensorScheme) -> torch.Tensor
     groups = weight.reshape(-1, scheme.group_size or 1)
     scales = torch.empty(len(groups))
     step = _PIECE // groups.shape[1]
-    for part, into in zip(groups.split(step), scales.split(step), strict=True):
-        _search_by_table(part, into, scheme)
-    return scales.reshape(len(weight), scheme.groups(weight.shape[1]))
+    for start in range(0, len(groups), step):
+        part = slice(start, start + step)
+        _search_by_table(groups[part], scales[part], scheme)
+    return scales.reshape(len(weight), scheme.groups(weight.shape[1])).to(weight.device)
 
 
 class _Buffers(threading.local):
@@ -214,7 +242,7 @@ def _estimated(w: torch.Tensor, span: torch.Tensor, scheme: TensorScheme) -> tor
     parts = torch.mul(w, (_PARTS / span).unsqueeze(1), out=_buffers.pair[: w.numel()].view_as(w))
     smallest, largest = torch.stack(span.aminmax()).tolist() if len(span) else (1.0, 1.0)
     usual = smallest >= _SPAN_MIN and largest <= _SPAN_MAX
-    if not usual:  # of the table's scales some are not allowed
+    if not usual:  # in some groups not all of the table's scales are allowed
         strange = (~((span >= _SPAN_MIN) & (span <= _SPAN_MAX))).nonzero().squeeze(1)
         parts[strange] = 0
     index = _buffers.index[: w.numel()]
