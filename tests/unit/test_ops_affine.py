@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -134,9 +135,10 @@ def test_other_types_and_odd_sizes_give_the_same(size: int) -> None:
     torch.manual_seed(4)
     w = torch.randn(5000, 128) * torch.logspace(-7, 5, 5000)[:, None]
     w = w.bfloat16()
-    whole, parts = quantize(w, scheme), [quantize(part.float(), scheme) for part in w.split(1234)]
-    for index in (0, 1):
-        assert torch.equal(whole[index], torch.cat([part[index] for part in parts]))
+    whole = quantize(w, scheme)
+    parts = [quantize(w[i : i + 1234].float(), scheme) for i in range(0, 5000, 1234)]
+    assert torch.equal(whole[0], torch.cat([q for q, _, _ in parts]))
+    assert torch.equal(whole[1], torch.cat([scales for _, scales, _ in parts]))
     lost, total = squared_error(w, *whole, scheme)
     error = dequantize(*whole, scheme).double() - w.double()
     assert lost == pytest.approx(float(error.square().sum()), rel=1e-5)
@@ -231,6 +233,24 @@ def test_rows_do_not_depend_on_their_batch_or_the_threads(scheme: TensorScheme) 
     assert torch.equal(scales, torch.cat([part[1] for part in parts]))
     if zeros is not None:
         assert torch.equal(zeros, torch.cat([part[2] for part in parts if part[2] is not None]))
+
+
+def test_inference_mode_and_gradients_leave_nothing_behind() -> None:
+    w, found = torch.randn(4, 64), []
+
+    def work() -> None:
+        with torch.inference_mode():
+            found.append(choose_scales(w, SCHEMES[3])[0].clone())
+        found.append(choose_scales(w.clone().requires_grad_(), SCHEMES[3])[0])
+        found.append(choose_scales(w, SCHEMES[3])[0])
+
+    thread = threading.Thread(target=work)  # which has no buffers yet
+    thread.start()
+    thread.join()
+    assert len(found) == 3
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert not found[1].requires_grad
 
 
 def test_a_given_scale_is_used_as_it_is() -> None:

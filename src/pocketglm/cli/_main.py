@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def _begin_digest(args: list[str]) -> None:
     """Digest the first folder of weights among the arguments while the verb is imported."""
     for arg in args:
-        if any(Path(arg).glob("*.safetensors")):
+        if arg and os.path.isdir(arg) and any(Path(arg).glob("*.safetensors")):
             digests.begin(Path(arg))
             return
 

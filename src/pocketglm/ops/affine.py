@@ -198,7 +198,7 @@ def _table() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _choose_by_table(weight: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
     """Scales [N, G] of float [N, K]."""
-    groups = weight.reshape(-1, scheme.group_size or 1)
+    groups = weight.detach().reshape(-1, scheme.group_size or 1)
     scales = torch.empty(len(groups))
     step = _PIECE // groups.shape[1]
     for start in range(0, len(groups), step):
@@ -211,9 +211,10 @@ class _Buffers(threading.local):
     """Each thread's own, which stay in its cache."""
 
     def __init__(self) -> None:
-        self.w = torch.empty(_PIECE)
-        self.pair = torch.empty(2 * _PIECE)
-        self.index = torch.empty(_PIECE, dtype=torch.int32)
+        with torch.inference_mode(False):  # the next call may be outside of it
+            self.w = torch.empty(_PIECE)
+            self.pair = torch.empty(2 * _PIECE)
+            self.index = torch.empty(_PIECE, dtype=torch.int32)
 
 
 _buffers = _Buffers()
@@ -240,7 +241,7 @@ def _estimated(w: torch.Tensor, span: torch.Tensor, scheme: TensorScheme) -> tor
     """The best scale [M] by the table of w [M, size], of the greatest magnitudes [M]."""
     table, divisors, numbers = _table()
     parts = torch.mul(w, (_PARTS / span).unsqueeze(1), out=_buffers.pair[: w.numel()].view_as(w))
-    smallest, largest = torch.stack(span.aminmax()).tolist() if len(span) else (1.0, 1.0)
+    smallest, largest = torch.stack(span.aminmax()).tolist()
     usual = smallest >= _SPAN_MIN and largest <= _SPAN_MAX
     if not usual:  # in some groups not all of the table's scales are allowed
         strange = (~((span >= _SPAN_MIN) & (span <= _SPAN_MAX))).nonzero().squeeze(1)
