@@ -72,8 +72,9 @@ class TensorMethod:
     """A method that sees one tensor at a time, so its memory is that of one tensor.
 
     `select` decides from the header alone (so a dry run costs nothing): the scheme that a tensor
-    will be stored in, or None to copy it. `quantize` turns float32 [rows, columns] into integers
-    of the same shape (int8), scales and zero points; `ops.stored` stores them.
+    will be stored in, or None to copy it. `quantize` turns float [rows, columns], of the type that
+    is stored, into integers of the same shape (int8), scales and zero points; `ops.stored` stores
+    them.
     `check` returns the reasons why this checkpoint cannot be processed, before any work.
     """
 

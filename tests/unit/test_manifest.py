@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pocketglm import __version__
-from pocketglm.artifacts import manifest as manifest_module
+from pocketglm.artifacts import digests
 from pocketglm.artifacts.manifest import (
     MANIFEST,
     Manifest,
@@ -115,14 +115,42 @@ def test_digests_differ_where_values_do(a: object, b: object) -> None:
 
 
 def test_a_long_file_is_digested_by_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest_module, "_PIECE", 10)
-    monkeypatch.setattr(manifest_module, "_BUFFER", 4)
+    monkeypatch.setattr(digests, "_PIECE", 10)
+    monkeypatch.setattr(digests, "_BUFFER", 4)
     data = bytes(range(25))
     (tmp_path / "long").write_bytes(data)
     (tmp_path / "empty").write_bytes(b"")
     pieces = [hashlib.sha256(data[start : start + 10]).hexdigest() for start in (0, 10, 20)]
     expected = digest_value({"long": pieces, "empty": [hashlib.sha256(b"").hexdigest()]})
     assert digest_files(tmp_path, [tmp_path / "long", tmp_path / "empty"]) == expected
+
+
+@pytest.mark.parametrize("begun", [0, 1, 2])
+def test_a_digest_that_was_begun_is_taken_and_a_changed_file_is_not(
+    begun: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`begun` of its two pieces are done when they are asked for; the thread gets to no more."""
+    monkeypatch.setattr(digests, "_PIECE", 10)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(15))
+    expected = digest_files(tmp_path, [file])
+    pieces: list[int] = []
+    whole = digests._digest_piece
+
+    def slow(place: digests.Place, size: int) -> str:
+        pieces.append(place[1])
+        return whole(place, size)
+
+    monkeypatch.setattr(digests, "_digest_piece", slow)
+    work = digests._work
+    monkeypatch.setattr(digests, "_work", lambda places: work(dict([*places.items()][:begun])))
+    digests.begin(tmp_path).join()
+    assert digest_files(tmp_path, [file]) == expected
+    assert sorted(pieces) == [0, 10]  # none twice
+    digests.begin(tmp_path).join()
+    file.write_bytes(bytes(16))
+    assert digest_files(tmp_path, [file]) != expected
+    digests.begin(tmp_path / "none").join()
 
 
 def test_digest_of_files_covers_names_contents_and_follows_links(tmp_path: Path) -> None:

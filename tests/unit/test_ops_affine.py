@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from oracles import rtn
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.errors import UnsupportedError
+from pocketglm.ops import affine
 from pocketglm.ops.affine import (
     SCALE_MAX,
     SCALE_MIN,
@@ -20,6 +22,7 @@ from pocketglm.ops.affine import (
     dequantize,
     limits,
     quantize,
+    squared_error,
     to_integers,
 )
 from pocketglm.ops.stored import read_weight
@@ -32,6 +35,7 @@ SCHEMES = [
     TensorScheme(bits=4, group_size=64),
     TensorScheme(bits=4, group_size=128),
     TensorScheme(bits=4, group_size=32, symmetric=False),
+    TensorScheme(bits=4, group_size=256),
 ]
 
 
@@ -109,6 +113,38 @@ def test_the_reference_catches_a_planted_bug(bug: str, search: bool) -> None:
     assert not agrees(scheme, search, bug)
 
 
+@pytest.mark.parametrize("bug", rtn.TABLE_BUGS)
+def test_the_reference_catches_a_wrong_table(bug: str) -> None:
+    assert not agrees(SCHEMES[3], True, bug)
+
+
+def test_sums_of_the_table_are_exact() -> None:
+    """So no order of the sums, and no number of threads, can change what is chosen."""
+    table, divisors, _ = affine._table()
+    assert torch.equal(table, table.round())
+    assert (table % len(divisors) == 0).all()
+    assert affine._WIDEST * float(table.max()) + len(divisors) < 2**24  # float32 counts so far
+    on_grid = [(n, affine._PARTS * k // n) for n in (4, 5, 6, 7, 8) for k in range(n)]
+    assert all(table[affine._PARTS - p, affine._DIVISORS.index(n)] == 0 for n, p in on_grid)
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_other_types_and_odd_sizes_give_the_same(size: int) -> None:
+    """bf16 is converted exactly; values that the table's scales do not fit are among them."""
+    scheme = TensorScheme(bits=4, group_size=size)
+    torch.manual_seed(4)
+    w = torch.randn(5000, 128) * torch.logspace(-7, 5, 5000)[:, None]
+    w = w.bfloat16()
+    whole = quantize(w, scheme)
+    parts = [quantize(w[i : i + 1234].float(), scheme) for i in range(0, 5000, 1234)]
+    assert torch.equal(whole[0], torch.cat([q for q, _, _ in parts]))
+    assert torch.equal(whole[1], torch.cat([scales for _, scales, _ in parts]))
+    lost, total = squared_error(w, *whole, scheme)
+    error = dequantize(*whole, scheme).double() - w.double()
+    assert lost == pytest.approx(float(error.square().sum()), rel=1e-5)
+    assert total == pytest.approx(float(w.double().square().sum()), rel=1e-5)
+
+
 def mean_error(w: torch.Tensor, factors: list[float] | None) -> float:
     """Mean squared error of symmetric INT4 by 32: ours, or the best of range / factor."""
     scheme = TensorScheme(bits=4, group_size=32)
@@ -122,7 +158,7 @@ def mean_error(w: torch.Tensor, factors: list[float] | None) -> float:
 
 @pytest.mark.parametrize("kind", ["normal", "laplace", "trained"])
 def test_few_candidates_are_almost_as_good_as_many(kind: str, minilm: Path) -> None:
-    """Within 0.5 % of 41 candidates: the whole numbers and 34 that clip, evenly spaced."""
+    """Within 0.35 % of 41 candidates: the whole numbers and 34 that clip, evenly spaced."""
     torch.manual_seed(3)
     if kind == "trained":
         ckpt = Checkpoint.open(minilm)
@@ -132,7 +168,7 @@ def test_few_candidates_are_almost_as_good_as_many(kind: str, minilm: Path) -> N
     else:
         w = torch.distributions.Laplace(0.0, 1.0).sample((512, 1024))
     many = [*map(float, range(1, 8)), *(7 * (1 + 0.65 * i / 32) for i in range(33)), 8.0]
-    assert mean_error(w, None) < 1.005 * mean_error(w, many)
+    assert mean_error(w, None) < 1.0035 * mean_error(w, many)
     assert mean_error(w, None) < 0.9 * mean_error(w, [7.0])
 
 
@@ -197,6 +233,24 @@ def test_rows_do_not_depend_on_their_batch_or_the_threads(scheme: TensorScheme) 
     assert torch.equal(scales, torch.cat([part[1] for part in parts]))
     if zeros is not None:
         assert torch.equal(zeros, torch.cat([part[2] for part in parts if part[2] is not None]))
+
+
+def test_inference_mode_and_gradients_leave_nothing_behind() -> None:
+    w, found = torch.randn(4, 64), []
+
+    def work() -> None:
+        with torch.inference_mode():
+            found.append(choose_scales(w, SCHEMES[3])[0].clone())
+        found.append(choose_scales(w.clone().requires_grad_(), SCHEMES[3])[0])
+        found.append(choose_scales(w, SCHEMES[3])[0])
+
+    thread = threading.Thread(target=work)  # which has no buffers yet
+    thread.start()
+    thread.join()
+    assert len(found) == 3
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert not found[1].requires_grad
 
 
 def test_a_given_scale_is_used_as_it_is() -> None:

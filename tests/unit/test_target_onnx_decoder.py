@@ -392,6 +392,17 @@ def test_weights_lie_in_one_file_of_aligned_tensors(tmp_path: Path) -> None:
     assert lowered.digests == {data.name: hashlib.sha256(data.read_bytes()).hexdigest()}
 
 
+@pytest.mark.parametrize("digest", [False, True])
+def test_a_full_disk_is_noticed_though_another_thread_writes(*, digest: bool) -> None:
+    def write() -> None:
+        with ExternalData(Path("/dev/full")) as data:
+            data.write("x", np.float32, (4,), [np.zeros(4, np.float32)])
+            assert not digest or data.digest
+
+    with pytest.raises(OSError, match="No space left"):
+        write()
+
+
 def test_wrong_chunks_are_refused(tmp_path: Path) -> None:
     with ExternalData(tmp_path / "data") as data:
         with pytest.raises(ValueError, match="declared float32, got float64"):

@@ -1,27 +1,25 @@
-"""`pocketglm.json`: where a checkpoint comes from and how its tensors are stored; and digests."""
+"""`pocketglm.json`: where a checkpoint comes from and how its tensors are stored."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from pocketglm import __version__
+from pocketglm.artifacts.digests import digest_file as digest_file
+from pocketglm.artifacts.digests import digest_files as digest_files
+from pocketglm.artifacts.digests import digest_value as digest_value
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import Config
 from pocketglm.errors import CheckpointError
 
 MANIFEST = "pocketglm.json"
-_PIECE = 64 << 20  # bytes of a file that one thread digests at a time
-_THREADS = 4
-_BUFFER = 1 << 20
 
 
 class Step(Config):
@@ -87,39 +85,3 @@ def tool_versions(*packages: str) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
     }
-
-
-def digest_value(value: Any) -> str:
-    """sha256 of a JSON value, independent of key order."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_file(file: Path) -> str:
-    """sha256 of a file's bytes, as hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def digest_files(root: Path, files: Iterable[Path]) -> str:
-    """One sha256 over names (relative to `root`) and contents; symlinks are followed.
-
-    Of a file it takes the sha256 of each piece of 64 MiB: so that threads share the work.
-    """
-    places = [(f, start) for f in files for start in range(0, max(f.stat().st_size, 1), _PIECE)]
-    digests: dict[str, list[str]] = {}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for (file, _), digest in zip(places, pool.map(_digest_piece, places), strict=True):
-            digests.setdefault(file.relative_to(root).as_posix(), []).append(digest)
-    return digest_value(digests)
-
-
-def _digest_piece(place: tuple[Path, int]) -> str:
-    file, start = place
-    found, left, buffer = hashlib.sha256(), _PIECE, memoryview(bytearray(_BUFFER))
-    with file.open("rb", buffering=0) as stream:
-        stream.seek(start)
-        while left and (count := stream.readinto(buffer[:left])):
-            found.update(buffer[:count])
-            left -= count
-    return found.hexdigest()

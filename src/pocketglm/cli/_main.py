@@ -17,6 +17,7 @@ from typing import NoReturn
 import typer
 
 from pocketglm import __version__, registry
+from pocketglm.artifacts import digests
 from pocketglm.errors import (
     DiskFullError,
     FinishedElsewhereError,
@@ -28,6 +29,7 @@ from pocketglm.errors import (
 )
 
 _HERE = Path(__file__).parent
+_DIGESTING = ("compress", "export")  # verbs that take the sha256 of a checkpoint, and import torch
 _USAGE = """\
 PocketGLM makes a language model fit a phone, and proves what that cost.
 
@@ -80,6 +82,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     if args[0] == "--version":
         print(f"pocketglm {__version__}")
         sys.exit(0)
+    if args[0] in _DIGESTING:
+        _begin_digest(args[1:])
     try:
         try:
             code = _run(args)
@@ -96,6 +100,14 @@ def main(argv: list[str] | None = None) -> NoReturn:
     if code == 130:  # Ctrl-C, as Typer ends it
         sys.stderr.write("\ninterrupted; the same command resumes where it can\n")
     sys.exit(code or 0)
+
+
+def _begin_digest(args: list[str]) -> None:
+    """Digest the first folder of weights among the arguments while the verb is imported."""
+    for arg in args:
+        if arg and os.path.isdir(arg) and any(Path(arg).glob("*.safetensors")):
+            digests.begin(Path(arg))
+            return
 
 
 def _run(args: list[str]) -> int | None:

@@ -25,7 +25,7 @@ from pocketglm.model.layers import Block, GatedFeedForward
 from pocketglm.ops.affine import dequantize, quantize
 
 _SEARCHED = 512  # tokens on which candidates are compared
-_SHORT = ("BF16", "F16")  # a power of two divides these exactly
+_SHORT = ("BF16", "F16")  # a power of two divides these exactly, F16 down to 2^-14
 _LEAST = 1e-4  # of s
 
 
@@ -197,8 +197,17 @@ class Search:
                 errors = self.alphas(which)
                 alpha = min(errors, key=lambda a: (errors[a], a))
                 fold(self.block, which, self.candidate(which, self.means(which), alpha))
+                self._round(which)
                 chosen[which.source] = alpha
         return chosen
+
+
+    def _round(self, which: Fold) -> None:
+        """What stays float is what will be stored: F16 has few bits for the smallest values."""
+        for name in self._stay_float(which):
+            if self.work.stored[name] == "F16":
+                data = self.block.get_parameter(name).data
+                data.copy_(data.half())
 
 
 @contextmanager

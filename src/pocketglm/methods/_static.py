@@ -20,7 +20,13 @@ from pocketglm.model.encoder import Encoder
 from pocketglm.model.families import tied_twin
 from pocketglm.model.hf import is_embedding, is_head, is_linear, spec_of, stored_name
 from pocketglm.model.layers import bare_modules
-from pocketglm.ops.affine import choose_scales, dequantize, quantize, to_integers
+from pocketglm.ops.affine import (
+    choose_scales,
+    dequantize,
+    quantize,
+    squared_error,
+    to_integers,
+)
 from pocketglm.ops.fake_quant import InputGrid
 from pocketglm.ops.stored import Layout, as_array, as_tensor, check_finite, store, stored_layout
 
@@ -137,9 +143,8 @@ def write_static(
             writer.write(part, array)
             if twin := tied_twin(ckpt, part, scheme):
                 writer.write(twin, array)
-        error = dequantize(q, steps, zeros, scheme).sub_(weight)
-        lost += float(error.square().sum(1).double().sum())
-        total += float(weight.square().sum(1).double().sum())
+        error, square = squared_error(weight, q, steps, zeros, scheme)
+        lost, total = lost + error, total + square
     writer.close()
     copy_side_files(ckpt, folder)
     write_json(folder / "config.json", ckpt.config)

@@ -8,14 +8,22 @@ integers are the nearest ones (ties to even) for the scale that is stored, not f
 ancestor.
 
 The scale is searched for the least squared error, as in "Post training 4-bit quantization of
-convolutional networks" (Banner et al., NeurIPS 2019), here by enumeration, coarse to fine; the
-candidates are in `_search`. Their mean squared error is within 0.5 % of that of 41 evenly spaced
-ones. Only element-wise float32 operations decide, so the result does not depend on how rows are
-batched, on the number of threads, or on the machine.
+convolutional networks" (Banner et al., NeurIPS 2019), here by enumeration. Symmetric INT4 in groups
+compares 16 scales at once: a table holds the error that each would cause to a value that is a whole
+number of 840ths of the range, so that a group's errors are the sum of some of its rows (`_table`).
+The one that is found and the plain maximum are then compared exactly. The mean squared error is
+above that of 41 evenly spaced scales by 0.21 % on normal weights, 0.15 % on Laplace's and 0.13 % on
+Student's t with 4 degrees (groups of 32; of 128: 0.32, 0.26 and 0.22 %); below the plain maximum's
+by 12, 9 and 8 % (18, 17 and 17 %). The other schemes try fewer scales, coarse to fine (`_search`).
+
+Only element-wise float32 operations, sums of whole numbers and sums in one fixed order decide, so
+the result does not depend on how rows are batched, on the number of threads, or on the machine.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -27,6 +35,15 @@ SCALE_MIN = 2.0**-14  # fp16's smallest normal number
 SCALE_MAX = 65280.0  # the largest bf16 value below fp16's maximum, 65504
 GROUP_SIZES = (32, 64, 128)
 _CHUNK = 1 << 18  # elements that the search works on at a time: they stay in the cache
+# Symmetric INT4 by table: the range is divided by these. 4 to 8 bring a weight back that is on a
+# grid already (its largest integer, perhaps times a power of two, is one of them); the others had
+# the least error together.
+_DIVISORS = (4, 5, 6, 7, 7.2, 7.35, 7.55, 7.7, 7.85, 8, 8.15, 8.3, 8.5, 8.8, 9.15, 9.65)
+_PIECE = 1 << 19  # elements that the table search works on at a time: fewer calls count more
+_PARTS = 840  # of the range: multiples of its 4th, 5th, 6th, 7th and 8th part are exact
+_UNITS = 1 << 16  # errors are whole numbers of these: float32 sums of a group, times 16, are exact
+_WIDEST = 128  # the largest group of which that holds
+_SPAN_MIN, _SPAN_MAX = _DIVISORS[-1] * SCALE_MIN, _DIVISORS[0] * SCALE_MAX
 # Scales to try, by bits. The range is divided by levels * factor: clips the more, the greater.
 _CLIPPING = {
     4: (1.17, 1.34),
@@ -65,7 +82,7 @@ def group_reason(name: str, columns: int, scheme: TensorScheme) -> str:
 def quantize(
     weight: torch.Tensor, scheme: TensorScheme, *, search: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Quantize float32 [N, K].
+    """Quantize float [N, K]; float32 decides, whatever the type.
 
     Returns q int8 [N, K], scales float32 [N, G], zero points int8 [N, G] (None if symmetric).
     With `search` no group has a larger squared error than its plain-maximum scale gives.
@@ -85,15 +102,16 @@ def choose_scales(
     search: bool = True,
     importance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scales float32 [N, G] and zero points int8 [N, G] (None if symmetric) for float32 [N, K].
+    """Scales float32 [N, G] and zero points int8 [N, G] (None if symmetric) for float [N, K].
 
     importance: factors [K] of the squared errors that the search adds up; None: all are 1.
     """
     check_groups("weight", weight.shape[1], scheme)
-    rows = max(1, _CHUNK // max(weight.shape[1], 1))
-    chunks = [weight[start : start + rows] for start in range(0, max(len(weight), 1), rows)]
+    if search and importance is None and _has_table(scheme):
+        return _choose_by_table(weight, scheme), None
     factors = None if importance is None else _grouped(importance.float()[None], scheme)
-    parts = [_choose(_grouped(chunk.float(), scheme), scheme, search, factors) for chunk in chunks]
+    chunks = (weight[rows].float() for rows in _row_ranges(*weight.shape))
+    parts = [_choose(_grouped(chunk, scheme), scheme, search, factors) for chunk in chunks]
     scales = torch.cat([scale for scale, _ in parts])
     if scheme.symmetric:
         return scales, None
@@ -108,10 +126,31 @@ def to_integers(
 ) -> torch.Tensor:
     """The nearest integers int8 [N, K] for given scales [N, G]; ties go to the even one."""
     low, high = limits(scheme)
-    q = (_grouped(weight.float(), scheme) / scales.unsqueeze(-1)).round_()
-    if zero_points is not None:
-        q += zero_points.unsqueeze(-1)
-    return q.clamp_(low, high).to(torch.int8).reshape(weight.shape)
+    integers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows in _row_ranges(*weight.shape):
+        q = (_grouped(weight[rows].float(), scheme) / scales[rows].unsqueeze(-1)).round_()
+        if zero_points is not None:
+            q += zero_points[rows].unsqueeze(-1)
+        integers[rows] = q.clamp_(low, high).flatten(1)
+    return integers
+
+
+def squared_error(
+    weight: torch.Tensor,
+    q: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    scheme: TensorScheme,
+) -> tuple[float, float]:
+    """Sums over float [N, K]: squared differences from what is stored, and squares."""
+    lost = total = 0.0
+    for rows in _row_ranges(*weight.shape):
+        zeros = None if zero_points is None else zero_points[rows]
+        w = weight[rows].float()
+        error = dequantize(q[rows], scales[rows], zeros, scheme).sub_(w).square_()
+        lost += float(error.sum(1).double().sum())  # rows in float32, all in float64
+        total += float(torch.square(w, out=error).sum(1).double().sum())
+    return lost, total
 
 
 def dequantize(
@@ -133,10 +172,99 @@ def canonical(scales: torch.Tensor) -> torch.Tensor:
     return scales.float().to(torch.bfloat16).float().clamp_(SCALE_MIN, SCALE_MAX)
 
 
+def _row_ranges(rows: int, columns: int) -> Iterator[slice]:
+    """All rows, about _CHUNK elements at a time; one empty range if there are none."""
+    step = max(1, _CHUNK // max(columns, 1))
+    return (slice(start, start + step) for start in range(0, max(rows, 1), step))
+
+
 def _grouped(weight: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
     """[N, K] -> [N, G, K / G]."""
     rows, columns = weight.shape
     return weight.reshape(rows, scheme.groups(columns), scheme.group_size or columns)
+
+
+# --- symmetric INT4 by table ---------------------------------------------------------------------
+
+
+def _has_table(scheme: TensorScheme) -> bool:
+    size = scheme.group_size
+    return scheme.bits == 4 and scheme.symmetric and size is not None and size <= _WIDEST
+
+
+@functools.cache
+def _table() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Squared error of values at -840/840 to 840/840 of the range, for each divisor [1681, 16], in
+    units times 16, which leaves room for the divisor's number in the sum; divisors; numbers.
+    """
+    parts = torch.arange(-_PARTS, _PARTS + 1, dtype=torch.float64).unsqueeze(1) / _PARTS
+    divisors = torch.tensor(_DIVISORS, dtype=torch.float64)
+    error = (parts * divisors).round_().clamp_(-8, 7) / divisors - parts
+    table = (error.square_() * _UNITS).round_().float() * len(_DIVISORS)
+    return table, divisors.float(), torch.arange(len(_DIVISORS), dtype=torch.float32)
+
+
+def _choose_by_table(weight: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
+    """Scales [N, G] of float [N, K]."""
+    groups = weight.detach().reshape(-1, scheme.group_size or 1)
+    scales = torch.empty(len(groups))
+    step = _PIECE // groups.shape[1]
+    for start in range(0, len(groups), step):
+        part = slice(start, start + step)
+        _search_by_table(groups[part], scales[part], scheme)
+    return scales.reshape(len(weight), scheme.groups(weight.shape[1])).to(weight.device)
+
+
+class _Buffers(threading.local):
+    """Each thread's own, which stay in its cache."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):  # the next call may be outside of it
+            self.w = torch.empty(_PIECE)
+            self.pair = torch.empty(2 * _PIECE)
+            self.index = torch.empty(_PIECE, dtype=torch.int32)
+
+
+_buffers = _Buffers()
+
+
+def _search_by_table(groups: torch.Tensor, scales: torch.Tensor, scheme: TensorScheme) -> None:
+    """Write the scales [M] of float [M, size]."""
+    count, size = groups.shape
+    w = _buffers.w[: groups.numel()].view(count, size).copy_(groups)
+    low, high = w.amin(1), w.amax(1)
+    scale = torch.empty(2, count, 1)  # by the table; of the plain maximum
+    scale[0, :, 0] = _estimated(w, torch.maximum(-low, high), scheme)
+    scale[1, :, 0] = canonical(torch.maximum(low * (-1 / 8), high / 7))
+    q = torch.div(w, scale, out=_buffers.pair[: 2 * w.numel()].view(2, count, size))
+    q.round_().clamp_(-8, 7)
+    error = torch.addcmul(w, q, scale, value=-1, out=q).square_()
+    error[0] -= error[1]
+    for half, other in _halves(error[0].T):
+        half += other
+    torch.where(error[0, :, 0] < 0, *scale.squeeze(2), out=scales)
+
+
+def _estimated(w: torch.Tensor, span: torch.Tensor, scheme: TensorScheme) -> torch.Tensor:
+    """The best scale [M] by the table of w [M, size], of the greatest magnitudes [M]."""
+    table, divisors, numbers = _table()
+    parts = torch.mul(w, (_PARTS / span).unsqueeze(1), out=_buffers.pair[: w.numel()].view_as(w))
+    smallest, largest = torch.stack(span.aminmax()).tolist()
+    usual = smallest >= _SPAN_MIN and largest <= _SPAN_MAX
+    if not usual:  # in some groups not all of the table's scales are allowed
+        strange = (~((span >= _SPAN_MIN) & (span <= _SPAN_MAX))).nonzero().squeeze(1)
+        parts[strange] = 0
+    index = _buffers.index[: w.numel()]
+    index.view_as(w).copy_(parts.add_(_PARTS + 0.5))  # cut off to the nearest
+    starts = torch.arange(0, w.numel(), w.shape[1], dtype=torch.int32)
+    errors = torch.embedding_bag(table, index, starts)[0]
+    errors += numbers
+    for half, other in _halves(errors.T):
+        torch.minimum(half, other, out=half)
+    scale = canonical(span / divisors[errors[:, 0].int() & (len(_DIVISORS) - 1)])
+    if not usual:
+        scale[strange] = _choose(w[strange].unsqueeze(0), scheme, search=True)[0][0]
+    return scale
 
 
 def _choose(

@@ -25,6 +25,7 @@ _UNITS = {
 }
 # Of glibc's malloc.h; what mallopt can set is at most half of a thread's heap.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _KEPT = -3, -1, 32 << 20
+_ARENA_MAX = -8
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
 
 
@@ -55,6 +56,7 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and mallopt is not None:
         for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
             mallopt(option, _KEPT)
+        mallopt(_ARENA_MAX, 1)  # a thread's own arena would give its memory back
 
 
 def resident() -> int:

@@ -33,7 +33,7 @@ from pocketglm.model.spec import DecoderSpec
 from pocketglm.ops.stored import check_finite, parameter_counts, read_quantized, read_weight
 from pocketglm.runtimes import open_decoder
 from pocketglm.runtimes._cores import usable_cores
-from pocketglm.stages._memory import Ceiling, keep_freed_memory, resident
+from pocketglm.stages._memory import Ceiling, resident
 from pocketglm.stages._parity import FLOAT_TOLERANCE, SAMPLES, judge, worst
 from pocketglm.text.tokenizer import Tokenizer
 
@@ -62,7 +62,6 @@ def check_decoder_parity(
         ParityError: a part or the whole differs by more than the form of the file explains.
         CheckpointError: a weight of the checkpoint holds NaN or infinity.
     """
-    keep_freed_memory()
     whole = _is_small(ckpt, manifest, options)
     ids, mask = _samples(folder, manifest, _TEXTS if whole else _TEXTS[:_FEW])
     found = target.blocks(folder / manifest.model_file, ids, mask)

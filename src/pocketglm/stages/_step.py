@@ -32,7 +32,7 @@ from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import BlockMethod, Config, Reporter, TensorMethod
 from pocketglm.model.families import tied_twin
 from pocketglm.model.hf import model_spec_of, pocketglm_fields
-from pocketglm.ops.affine import dequantize
+from pocketglm.ops.affine import squared_error
 from pocketglm.ops.stored import Layout, as_tensor, check_finite, store, stored_layout
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.stages._memory import Ceiling, keep_freed_memory
@@ -46,7 +46,7 @@ CHUNK = 1 << 20  # elements of a tensor that a thread has in memory as float32 a
 WEIGHTS = "model.safetensors"
 _THREADS = 4  # at most: reading and writing are not faster with more
 _LEAST = 1 << 16  # elements of the smallest chunk
-_BYTES = 32  # for an element in work: stored, float32, integers, error
+_BYTES = 32  # for an element in work: stored, integers, packed, with a reserve
 _SPARE = 32 << 20  # headers, the scale search's buffers, what the allocator keeps
 _PACKAGE = Path(__file__).parents[1]
 
@@ -161,7 +161,7 @@ def stored_chunk(
     last = stop is None or stop == info.shape[0]
     if scheme is None:
         return Chunk(info.name, [(info.name, rows)], last)
-    weight = as_tensor(rows).float()
+    weight = as_tensor(rows)
     check_finite(ckpt, info.name, weight, start)
     q, scales, zero_points = quantize(weight, scheme)
     parts = []
@@ -173,8 +173,8 @@ def stored_chunk(
         parts.append((part, array))
         if twin := tied_twin(ckpt, part, scheme):
             parts.append((twin, array))
-    error = dequantize(q, scales, zero_points, scheme).sub_(weight)
-    return Chunk(info.name, parts, last, squares(error), squares(weight))
+    lost, total = squared_error(weight, q, scales, zero_points, scheme)
+    return Chunk(info.name, parts, last, lost, total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,11 +186,6 @@ class Chunk:
     last: bool
     lost: float = 0.0
     total: float = 0.0
-
-
-def squares(x: torch.Tensor) -> float:
-    """Sum of squares; `x` is overwritten. Each row in float32, all rows in float64."""
-    return float(x.square_().sum(1).double().sum())
 
 
 def in_order(work: Iterable[Callable[[], Chunk]]) -> Iterator[Chunk]:

@@ -41,7 +41,7 @@ from pocketglm.model.hf import (
 from pocketglm.model.spec import DecoderSpec, EncoderSpec
 from pocketglm.ops.stored import parameter_counts, precision_of
 from pocketglm.runtimes._cores import usable_cores
-from pocketglm.stages._memory import Ceiling
+from pocketglm.stages._memory import Ceiling, keep_freed_memory
 from pocketglm.stages._parity import check_parity, encoder_buffers
 from pocketglm.stages._parity_decoder import check_decoder_parity, decoder_buffers
 from pocketglm.text.tokenizer import Tokenizer
@@ -161,6 +161,7 @@ def _write(
     reporter: Reporter,
 ) -> None:
     _discard(folder)  # what a killed run left
+    keep_freed_memory()
     try:
         lowered = target.lower(ckpt, folder, options, reporter)
         manifest = _manifest(ckpt, digest, request, name, target, folder, options, lowered)

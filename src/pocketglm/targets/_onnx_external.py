@@ -2,7 +2,7 @@
 
 Format: ONNX specification, "External Data" (https://onnx.ai/onnx/repo-docs/ExternalData.html).
 Large tensors begin at a multiple of the page size, so that a runtime can map them. Another thread
-takes the file's sha256 meanwhile.
+writes, and takes the file's sha256, while the next chunk is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 _PAGE = 4096
 _LARGE = 1 << 20  # bytes; smaller tensors begin at a multiple of _SMALL
 _SMALL = 64
-_BEHIND = 2  # chunks that the digest may lag, and so are held
+_BEHIND = 2  # chunks that are not written yet, and so are held
 
 
 class ExternalData:
@@ -41,8 +41,7 @@ class ExternalData:
     @property
     def digest(self) -> str:
         """sha256 of what has been written, as hex."""
-        while self._waiting:
-            self._waiting.popleft().result()
+        self._drain()
         return self._sha256.hexdigest()
 
     def __enter__(self) -> ExternalData:
@@ -56,6 +55,7 @@ class ExternalData:
     ) -> None:
         with self._stream, self._pool:
             if error is None:
+                self._drain()
                 os.fsync(self._stream.fileno())
 
     def write(
@@ -95,8 +95,15 @@ class ExternalData:
 
     def _append(self, data: memoryview) -> None:
         self._end += len(data)
-        self._waiting.append(self._pool.submit(self._sha256.update, data))
-        if len(self._waiting) > _BEHIND:
-            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(self._take, data))
+        self._drain(_BEHIND)
+
+    def _take(self, data: memoryview) -> None:
+        self._sha256.update(data)
         while data:
             data = data[self._stream.write(data) :]
+
+    def _drain(self, left: int = 0) -> None:
+        """Wait until no more than `left` chunks are behind; raises what went wrong with them."""
+        while len(self._waiting) > left:
+            self._waiting.popleft().result()

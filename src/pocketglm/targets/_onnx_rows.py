@@ -23,7 +23,7 @@ from pocketglm.ops.packing import UInt8, pack_rows, unpack_int32
 from pocketglm.ops.stored import as_tensor
 
 BLOCKS = (128, 64, 32, 16)  # of MatMulNBits; the largest that divides was the fastest when tried
-_CHUNK = 16 << 20  # bytes of a float32 or packed chunk
+_CHUNK = 4 << 20  # bytes of a float32 or packed chunk
 
 
 def block_of(scheme: TensorScheme, columns: int) -> int:
