@@ -45,8 +45,9 @@ SEEDS = (0, 1, 2)
 RATES = (2e-4, 4e-4)
 TEACHER = ["--epochs", "8", "--lr", "1e-4", "--patience", "8", "--batch-size", "32"]
 TRIM: Step = {"trim_vocabulary": {"fallback": "seen", "extra": 4000}}
-# Students of two of the teacher's layers. The distilled ones see changed copies of the texts.
-TAUGHT: Step = {"augment": 10, "epochs": 8, "patience": 8}
+# Students of two of the teacher's layers. The distilled ones see changed copies of the texts, and
+# texts without labels (`unlabelled`).
+TAUGHT: Step = {"augment": 6, "epochs": 6, "patience": 6, "corpora": ["unlabelled.txt"]}
 KINDS: dict[str, Step] = {
     "alone": {"alpha": 0.0, "epochs": 10, "patience": 4},
     "soft": {"preset": "soft", **TAUGHT},
@@ -54,7 +55,8 @@ KINDS: dict[str, Step] = {
 }
 SMALL: Step = {"num_layers": 2, "hidden_size": 256, "num_heads": 8, "intermediate_size": 1024}
 RANDOM_EPOCHS = 20
-CHAINS = ("encoder-7x", "encoder-12x", "encoder-16x")
+# Plans of plans/, and whether their students see the texts without labels, too.
+CHAINS = {"encoder-7x": False, "encoder-12x": True, "encoder-16x": True}
 HEAL: Step = {"distill": {"preset": "soft", "epochs": 2, "learning_rate": 1e-4, "batch_size": 64}}
 FLOAT: Step = {"alpha": 0.0, "epochs": 2, "patience": 2, "learning_rate": 2e-5}
 INT8: Step = {"embeddings": 8, "head": 8}
@@ -65,6 +67,7 @@ STATIC: dict[str, list[Step]] = {
     "INT8 static, QAT": [TRIM, {"qat": {**INT8, **FLOAT}}],
     "INT8 static, QAT, distilled": [TRIM, {"qat": {**INT8, **FLOAT, "preset": "soft"}}],
 }
+UNLABELLED = ("snips", "ha_intents_en", "tatoeba_en_zh")
 RATIOS = (0.3, 0.5, 0.7)
 
 
@@ -93,6 +96,19 @@ class Bench:
     @property
     def teacher(self) -> Path:
         return self.work / "teacher"
+
+    @property
+    def unlabelled(self) -> Path:
+        """English sentences of other sets, once each: what a user has who keeps an app's requests."""
+        file = self.work / "unlabelled.txt"
+        if not file.is_file():
+            texts = [
+                row.get("source") or " ".join(row["tokens"])
+                for name in UNLABELLED
+                for row in read_json_lines(self.data.parent / name / "train.jsonl.gz")
+            ]
+            file.write_text("\n".join(dict.fromkeys(text.strip() for text in texts)))
+        return file
 
     @property
     def task(self) -> list[str]:
@@ -126,7 +142,8 @@ class Bench:
         """Run a plan on the teacher; the checkpoint."""
         out, plan = self.work / name, self.work / f"{name}.yaml"
         plan.parent.mkdir(parents=True, exist_ok=True)
-        plan.write_text(yaml.safe_dump({"seed": seed, "steps": list(steps)}, sort_keys=False))
+        text = yaml.safe_dump({"seed": seed, "steps": list(steps)}, sort_keys=False)
+        plan.write_text(text.replace("unlabelled.txt", str(self.unlabelled)))
         arguments = ["--plan", str(plan), *self.task, "--out", str(out)]
         pocketglm("compress", str(self.teacher), *arguments)
         return out
@@ -153,6 +170,11 @@ class Bench:
             name: [float(v) for v in scores.rows[name] if not np.isnan(v)]
             for name in ("accuracy", "oos_recall")
         }
+
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def _cpu_seconds() -> float:
@@ -223,8 +245,10 @@ def learned(bench: Bench, name: str, settings: Step) -> None:
 def chain(bench: Bench) -> None:
     """The plans of plans/: checkpoints, exports, test rows."""
     for seed in SEEDS:
-        for name in CHAINS:
+        for name, unlabelled in CHAINS.items():
             steps = yaml.safe_load((PLANS / f"{name}.yaml").read_text())["steps"]
+            for step in (s["distill"] for s in steps if "distill" in s and unlabelled):
+                step["corpora"] = ["unlabelled.txt"]
 
             def measure(name: str = name, steps: list[Step] = steps, seed: int = seed) -> Any:
                 ckpt = bench.compress(f"{name}-{seed}", steps, seed)
@@ -519,8 +543,9 @@ texts, which chose nothing, {changed:.1f} % are cut otherwise, into {longer:.1f}
 
 ## Students of two of its layers
 
-`alone`: the labels only, early stopped. `soft`, `features`: the presets of `distill`, {copies}
-changed copies of the texts, an epoch of all texts and one copy of each. Rates chosen on the
+`alone`: the labels only, early stopped. `soft`, `features`: the presets of `distill` with `augment`
+and `corpora`: an epoch has the texts, one of {copies} changed copies of each, and as many sentences
+without labels, of {unlabelled}. Rates chosen on the
 validation rows of seed 0, of {rates}.
 
 {students}
@@ -535,6 +560,7 @@ validation rows of seed 0, of {rates}.
 
 Against the teacher's fp32 ONNX, by `pocketglm prove`: file size, one text of 32 tokens with 2
 threads ({pairs} pairs in turns, median and range of the seeds), drops in points of the seeds' mean.
+The students of `encoder-12x` and `encoder-16x` see the sentences without labels, too (`corpora`).
 
 {chains}
 
@@ -574,6 +600,7 @@ def page(bench: Bench) -> str:
         longer=100 * trim["held_out_longer"],
         unknown=100 * trim["held_out_unknown"],
         copies=TAUGHT["augment"],
+        unlabelled=", ".join(UNLABELLED),
         rates=", ".join(f"{rate:g}" for rate in RATES),
         students="\n".join(students_lines(bench, "two layers")),
         small=SMALL,
