@@ -99,7 +99,7 @@ class Bench:
 
     @property
     def unlabelled(self) -> Path:
-        """English sentences of other sets, once each: what a user has who keeps an app's requests."""
+        """English sentences of other sets, once each: as of a user who keeps requests."""
         file = self.work / "unlabelled.txt"
         if not file.is_file():
             texts = [
