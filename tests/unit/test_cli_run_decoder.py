@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +238,7 @@ class Terminal:
     def __init__(self, *arguments: object) -> None:
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pocketglm", *map(str, arguments)],
+            [sys.executable, "-X", "faulthandler", "-m", "pocketglm", *map(str, arguments)],
             stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
             preexec_fn=_take_terminal,
         )  # fmt: skip
@@ -246,16 +250,27 @@ class Terminal:
 
     def until(self, words: str, seconds: float = 60.0) -> str:
         """What is printed up to `words`, which are taken too."""
+        self._read(lambda: words in self.seen, repr(words), seconds)
+        before, _, self.seen = self.seen.partition(words)
+        return before
+
+    def answers(self, seconds: float = 60.0) -> None:
+        """Wait for a first piece of an answer, which is not taken."""
+        self._read(lambda: bool(self.seen.strip()), "answer", seconds)
+
+    def _read(self, done: Callable[[], bool], what: str, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while words not in self.seen:
-            assert time.monotonic() < end, f"no {words!r} in {self.seen!r}"
+        while not done():
+            if time.monotonic() > end:
+                self.process.send_signal(signal.SIGABRT)  # and where it is
+                time.sleep(1)
+                where = os.read(self.master, 65536).decode(errors="replace")
+                pytest.fail(f"no {what} in {self.seen!r}\n{where}")
             if select.select([self.master], [], [], 0.2)[0]:
                 try:
                     self.seen += os.read(self.master, 65536).decode(errors="replace")
                 except OSError:  # the other side is closed
                     pytest.fail(f"it ended: {self.seen!r}")
-        before, _, self.seen = self.seen.partition(words)
-        return before
 
     def close(self) -> None:
         self.process.kill()
@@ -264,10 +279,10 @@ class Terminal:
 
 
 def _take_terminal() -> None:
-    import fcntl
-    import termios
-
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    modes = termios.tcgetattr(0)
+    modes[3] |= termios.NOFLSH  # Ctrl-C drops nothing of what was printed
+    termios.tcsetattr(0, termios.TCSANOW, modes)
 
 
 def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
@@ -276,31 +291,35 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
     try:
         assert "/reset" in terminal.until("> ")
         terminal.type("hi\n")
-        terminal.until("hi")
-        time.sleep(0.5)
+        terminal.until("hi\r\n")
+        terminal.answers()
         terminal.type("\x03")  # stops the answer and not the program
         terminal.until("[8 prompt tokens")
-        cost = terminal.until("> ")
+        cost = terminal.until("]\r\n")
         assert "interrupted" in cost
         first = int(cost.split(";")[1].split()[0])
         assert 0 < first < 4000
+        terminal.until("> ")
+        time.sleep(0.2)  # it reads: a signal just before that would wait for the next line
         terminal.type("\x03")  # at the prompt: nothing
         terminal.until("> ")
         terminal.type("ho\n")
-        terminal.until("ho")
-        time.sleep(0.2)
+        terminal.until("ho\r\n")
+        terminal.answers()
         terminal.type("\x03")
-        terminal.until("[")
         # The second question sees the first answer.
-        assert int(terminal.until(" prompt tokens")) > 16
+        shown = terminal.until(" prompt tokens")
+        assert int(shown.rpartition("[")[2]) > 8  # the answer itself may have brackets
+        terminal.until("interrupted]\r\n")
         terminal.until("> ")
         terminal.type("/reset\n")
         terminal.until("> ")
         terminal.type("ha\n")
-        terminal.until("ha")
-        time.sleep(0.2)
+        terminal.until("ha\r\n")
+        terminal.answers()
         terminal.type("\x03")
         terminal.until("[8 prompt tokens")
+        terminal.until("interrupted]\r\n")
         terminal.until("> ")
         terminal.type("\x04")
         assert terminal.process.wait(20) == 0

@@ -18,7 +18,7 @@ READMES = ("README.md", "README.zh-CN.md")
 
 
 def tours(readme: str) -> list[str]:
-    """The scripts: an encoder, a decoder for commands, a larger decoder."""
+    """The scripts: an encoder, a smaller one, a decoder for commands, a larger decoder."""
     text = (ROOT / readme).read_text(encoding="utf-8")
     return re.findall(r"```sh\n(.*?)```", text, re.S)
 
@@ -55,9 +55,24 @@ def test_the_tour_of_an_encoder(tmp_path: Path) -> None:
     assert (tmp_path / "runs/proof/report.html").stat().st_size > 10_000
 
 
+def test_the_tour_of_a_smaller_encoder(tmp_path: Path) -> None:
+    """Of the first tour's model; few rows, gates of size alone."""
+    first, small = tours("README.md")[:2]
+    trained = "\n".join(line for line in first.splitlines() if "MINILM" in line)
+    script = shortened(
+        f"{trained}\n{small}",
+        ("--minutes 2 ", "--minutes 0.1 "),
+        ("commands-en --out runs/small", "commands-en --limit 150 --out runs/small"),
+        ("-drop 5 ", "-drop 100 "),
+        ("--min-speedup 4 ", ""),
+    )
+    assert "verdict: pass" in follow(script, tmp_path)
+    assert (tmp_path / "runs/small-proof/report.html").stat().st_size > 10_000
+
+
 def test_the_tour_of_a_decoder_for_commands(tmp_path: Path) -> None:
     script = shortened(
-        tours("README.md")[1],
+        tours("README.md")[2],
         ("--minutes 2 ", "--minutes 0.1 "),
         ("-drop 3 ", "-drop 40 --limit 100 "),
     )
@@ -71,7 +86,7 @@ def test_the_tour_of_a_decoder_for_commands(tmp_path: Path) -> None:
 def test_the_tour_of_a_larger_decoder(tmp_path: Path) -> None:
     """With the smallest model instead."""
     script = shortened(
-        tours("README.md")[2],
+        tours("README.md")[3],
         ("autoglm-tiny", "autoglm-nano"),
         ("--minutes 1 ", "--minutes 0.05 "),
     )
@@ -82,7 +97,7 @@ def test_the_tour_of_a_larger_decoder(tmp_path: Path) -> None:
 
 def test_both_readmes_have_the_same_tours() -> None:
     first, second = ([re.sub(r" *#.*", "", tour) for tour in tours(name)] for name in READMES)
-    assert len(first) == 3
+    assert len(first) == 4
     assert first == second
 
 
