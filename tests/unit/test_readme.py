@@ -62,7 +62,7 @@ def test_the_tour_of_a_smaller_encoder(tmp_path: Path) -> None:
     script = shortened(
         f"{trained}\n{small}",
         ("--minutes 2 ", "--minutes 0.1 "),
-        ("commands-en --out runs/small", "commands-en --limit 150 --out runs/small"),
+        ("commands-en --out runs/small", "commands-en --limit 600 --out runs/small"),
         ("-drop 5 ", "-drop 100 "),
         ("--min-speedup 4 ", ""),
     )
