@@ -162,8 +162,8 @@ def test_output_error_is_the_outputs_own() -> None:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_important_columns_get_scales_of_their_own(name: str) -> None:
-    """The weighted error does not grow; equal weights change next to nothing (symmetric INT4 without
-    importance has a search of its own, as good); scales keep the rule.
+    """The weighted error does not grow; equal weights change next to nothing (without importance,
+    symmetric INT4 has a search of its own, as good); scales keep the rule.
     """
     scheme = SCHEMES[name]
     w = torch.from_numpy(problem()[0]).float()
