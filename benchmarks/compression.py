@@ -48,7 +48,8 @@ TRIM: Step = {"trim_vocabulary": {"fallback": "seen", "extra": 4000}}
 # Students of two of the teacher's layers (of five pairs, two epochs each, the best on the validation
 # rows). The distilled ones see changed copies of the texts, and texts without labels (`unlabelled`).
 TWO = [1, 5]
-TAUGHT: Step = {"augment": 8, "epochs": 8, "patience": 8, "corpora": ["unlabelled.txt"]}
+TAUGHT: Step = {"augment": 16, "epochs": 16, "patience": 16, "corpora": ["unlabelled.txt"]}
+TRIED: Step = {"augment": 8, "epochs": 8, "patience": 8}  # where rates are tried
 KINDS: dict[str, Step] = {
     "alone": {"alpha": 0.0, "epochs": 10, "patience": 4},
     "soft": {"preset": "soft", **TAUGHT},
@@ -222,16 +223,17 @@ def random(bench: Bench) -> None:
 def learned(bench: Bench, name: str, settings: Step) -> None:
     """Choose the rate on seed 0 by validation, then learn with every seed; test rows last.
 
-    `features` takes the rate of `soft`.
+    `features` takes the rate of `soft`, which is chosen in half of the epochs.
     """
 
-    def one(rate: float, seed: int) -> Path:
-        step = {"distill": {"batch_size": 64, "learning_rate": rate, **settings}}
-        return bench.compress(f"{name}-{rate:g}-{seed}", [TRIM, step], seed)
+    def one(rate: float, seed: int, **own: Any) -> Path:
+        step = {"distill": {"batch_size": 64, "learning_rate": rate, **settings, **own}}
+        tried = "-tried" if own else ""
+        return bench.compress(f"{name}-{rate:g}-{seed}{tried}", [TRIM, step], seed)
 
-    kept = name.replace("/features", "/soft")
+    kept, tried = name.replace("/features", "/soft"), TRIED if "augment" in settings else {}
     found = bench.once(
-        f"{kept}: rates", lambda: {f"{rate:g}": validation(one(rate, 0)) for rate in RATES}
+        f"{kept}: rates", lambda: {f"{rate:g}": validation(one(rate, 0, **tried)) for rate in RATES}
     )
     best = float(max(found, key=lambda rate: found[rate]))
     for seed in SEEDS:
@@ -547,7 +549,7 @@ texts, which chose nothing, {changed:.1f} % are cut otherwise, into {longer:.1f}
 Layers {two}, the best of five pairs on the validation rows (two epochs each). `alone`: the labels only, early stopped. `soft`, `features`: the presets of `distill` with `augment`
 and `corpora`: an epoch has the texts, one of {copies} changed copies of each, and as many sentences
 without labels, of {unlabelled}. Rates chosen on the
-validation rows of seed 0, of {rates}.
+validation rows of seed 0, of {rates}; those of distillation in half of its {epochs_of} epochs.
 
 {students}
 
@@ -602,6 +604,7 @@ def page(bench: Bench) -> str:
         unknown=100 * trim["held_out_unknown"],
         two=" and ".join(map(str, TWO)),
         copies=TAUGHT["augment"],
+        epochs_of=TAUGHT["epochs"],
         unlabelled=", ".join(UNLABELLED),
         rates=", ".join(f"{rate:g}" for rate in RATES),
         students="\n".join(students_lines(bench, "two layers")),
