@@ -45,8 +45,9 @@ SEEDS = (0, 1, 2)
 RATES = (2e-4, 4e-4)
 TEACHER = ["--epochs", "8", "--lr", "1e-4", "--patience", "8", "--batch-size", "32"]
 TRIM: Step = {"trim_vocabulary": {"fallback": "seen", "extra": 4000}}
-# Students of two of the teacher's layers (of five pairs, two epochs each, the best on the validation
-# rows). The distilled ones see changed copies of the texts, and texts without labels (`unlabelled`).
+# Students of two of the teacher's layers (of five pairs, in two epochs, the best on the validation
+# rows). The distilled ones see changed copies of the texts, and texts without labels
+# (`unlabelled`).
 TWO = [1, 5]
 TAUGHT: Step = {"augment": 16, "epochs": 16, "patience": 16, "corpora": ["unlabelled.txt"]}
 TRIED: Step = {"augment": 8, "epochs": 8, "patience": 8}  # where rates are tried
@@ -546,7 +547,8 @@ texts, which chose nothing, {changed:.1f} % are cut otherwise, into {longer:.1f}
 
 ## Students of two of its layers
 
-Layers {two}, the best of five pairs on the validation rows (two epochs each). `alone`: the labels only, early stopped. `soft`, `features`: the presets of `distill` with `augment`
+Layers {two}, the best of five pairs on the validation rows (two epochs each). `alone`: the labels
+only, early stopped. `soft`, `features`: the presets of `distill` with `augment`
 and `corpora`: an epoch has the texts, one of {copies} changed copies of each, and as many sentences
 without labels, of {unlabelled}. Rates chosen on the
 validation rows of seed 0, of {rates}; those of distillation in half of its {epochs_of} epochs.
