@@ -304,8 +304,8 @@ def tiny(bench: Bench) -> None:
     for form in ("fp32", "INT4"):
 
         def speed(form: str = form) -> dict[str, list[float]]:
-            folders = [exports[name][form] for name in exports]
-            found = interleave(*folders, 128, 2, PAIRS, Silent(), 64)
+            first, second = (exports[name][form] for name in exports)
+            found = interleave(first, second, 128, 2, PAIRS, Silent(), 64)
             return {name: one.medians.tolist() for name, one in zip(exports, found, strict=True)}
 
         bench.once(f"tiny speed: {form}", speed)
