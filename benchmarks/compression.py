@@ -88,34 +88,12 @@ PRUNED: dict[str, list[Step]] = {
 }
 
 
-class Bench:
-    """The folders of one run, and what was measured so far."""
+class Kept:
+    """The folder of one run, and what was measured so far."""
 
-    def __init__(self, work: Path, data: Path) -> None:
-        self.work, self.data = work, data
-        self.kept = work / "results"
+    def __init__(self, work: Path) -> None:
+        self.work, self.kept = work, work / "results"
         self.kept.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def teacher(self) -> Path:
-        return self.work / "teacher"
-
-    @property
-    def unlabelled(self) -> Path:
-        """English sentences of other sets, once each: as of a user who keeps requests."""
-        file = self.work / "unlabelled.txt"
-        if not file.is_file():
-            texts = [
-                row.get("source") or " ".join(row["tokens"])
-                for name in UNLABELLED
-                for row in read_json_lines(self.data.parent / name / "train.jsonl.gz")
-            ]
-            file.write_text("\n".join(dict.fromkeys(text.strip() for text in texts)))
-        return file
-
-    @property
-    def task(self) -> list[str]:
-        return ["--task", "intent", "--data", str(self.data)]
 
     def found(self, key: str) -> Any:
         """What `once` has kept, or None."""
@@ -138,6 +116,35 @@ class Bench:
     def cpu_minutes(self) -> float:
         files = self.kept.glob("*.json")
         return sum(json.loads(f.read_bytes())["cpu_seconds"] for f in files) / 60
+
+
+class Bench(Kept):
+    """One teacher, and what is made of it."""
+
+    def __init__(self, work: Path, data: Path) -> None:
+        super().__init__(work)
+        self.data = data
+
+    @property
+    def teacher(self) -> Path:
+        return self.work / "teacher"
+
+    @property
+    def unlabelled(self) -> Path:
+        """English sentences of other sets, once each: as of a user who keeps requests."""
+        file = self.work / "unlabelled.txt"
+        if not file.is_file():
+            texts = [
+                row.get("source") or " ".join(row["tokens"])
+                for name in UNLABELLED
+                for row in read_json_lines(self.data.parent / name / "train.jsonl.gz")
+            ]
+            file.write_text("\n".join(dict.fromkeys(text.strip() for text in texts)))
+        return file
+
+    @property
+    def task(self) -> list[str]:
+        return ["--task", "intent", "--data", str(self.data)]
 
     # --- commands --------------------------------------------------------------------------------
 
