@@ -66,7 +66,8 @@ def block(x: Array, w: Mapping[str, Array], c: Mapping[str, Any]) -> Array:
 
     def linear(y: Array, name: str) -> Array:
         bias = w.get(f"{name}.bias")
-        return y @ w[f"{name}.weight"].T + (0 if bias is None else bias)
+        out: Array = y @ w[f"{name}.weight"].T
+        return out if bias is None else out + bias
 
     heads, kv, size, eps = c["heads"], c["kv_heads"], c["head_dim"], c["eps"]
     normed = norm(x, w["input_layernorm.weight"], eps)

@@ -55,9 +55,10 @@ def test_attention_is_the_oracles(top_k: int, kv_heads: int) -> None:
     q, k, v = heads(4, 10, 0), heads(kv_heads, 10, 1), heads(kv_heads, 10, 2)
     found = sparse_attention(q, k, v, None, top_k)
     for row in range(2):
-        wanted = oracle.attention(*(part[row].numpy() for part in (q, k, v)), top_k)
+        row_q, row_k, row_v = (part[row].numpy() for part in (q, k, v))
+        wanted = oracle.attention(row_q, row_k, row_v, top_k)
         assert np.abs(found[row].numpy() - wanted).max() < 1e-6  # scores are float32
-        planted = oracle.attention(*(part[row].numpy() for part in (q, k, v)), top_k + 1)
+        planted = oracle.attention(row_q, row_k, row_v, top_k + 1)
         assert top_k == 9 or np.abs(found[row].numpy() - planted).max() > 1e-3
 
 
@@ -78,7 +79,8 @@ def test_keys_of_equal_scores_stay_together() -> None:
 def test_a_gradient_reaches_the_kept_scores_alone() -> None:
     q, k, v = (heads(2, 6, seed).requires_grad_() for seed in range(3))
     weight = heads(2, 6, 3)
-    (sparse_attention(q, k, v, None, 2)[:, :, -1] * weight[:, :, -1]).sum().backward()
+    loss = (sparse_attention(q, k, v, None, 2)[:, :, -1] * weight[:, :, -1]).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
     scores = (q[:, :, -1:] @ k.transpose(-1, -2))[:, :, 0]
     kept = scores >= scores.topk(2).values[..., -1:]
     for part in (k, v):

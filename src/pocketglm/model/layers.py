@@ -127,7 +127,7 @@ class _Heads(nn.Module):
     ) -> Tensor:
         """Queries, keys and values [B, S, heads * head_dim] -> [B, S, heads * head_dim]."""
         spec = self.spec
-        q, k, v = (part.unflatten(-1, (-1, spec.head_dim)) for part in projected)
+        q, k, v = (part.view(*part.shape[:-1], -1, spec.head_dim) for part in projected)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

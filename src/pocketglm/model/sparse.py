@@ -22,7 +22,7 @@ def sparse_attention(
     top_k: fewer than T.
     """
     kv_heads, size = k.shape[1], q.shape[-1]
-    grouped = q.unflatten(1, (kv_heads, -1))
+    grouped = q.view(len(q), kv_heads, -1, *q.shape[2:])
     scores = (grouped @ k[:, :, None].transpose(-1, -2)).float() * size**-0.5
     if attend is None:
         attend = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()[None, None]
@@ -31,4 +31,5 @@ def sparse_attention(
     shares = scores.masked_fill(scores < least, -torch.inf).softmax(-1)
     if dropout:
         shares = F.dropout(shares, dropout)
-    return (shares.to(v.dtype) @ v[:, :, None]).flatten(1, 2)
+    out: Tensor = shares.to(v.dtype) @ v[:, :, None]
+    return out.flatten(1, 2)
