@@ -28,6 +28,7 @@ from pocketglm.model.hf import decoder_spec_of, load_decoder
 from pocketglm.model.sizes import spec_of_size
 from pocketglm.ops.stored import as_tensor
 from pocketglm.stages.compress import compress
+from pocketglm.stages.export import export
 from pocketglm.stages.plan import Plan
 
 IDS = torch.randint(3, 90, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -195,6 +196,8 @@ def test_the_plan_file_runs(chat: Path, texts: DataOptions, tmp_path: Path) -> N
     result = compress(chat, Plan.from_file(PLAN), tmp_path / "out", data=texts)
     assert result.bytes_after < 0.45 * result.bytes_before
     assert load_decoder(Checkpoint.open(tmp_path / "out"))(IDS).isfinite().all()
+    (exported,) = export(tmp_path / "out", ["onnx"], tmp_path / "exported").targets
+    assert exported.ok, exported.error
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Families (`bert.py`, ...) translate their `config.json` into these and back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Activation = Literal["gelu", "gelu_new", "relu", "silu"]
@@ -209,6 +209,12 @@ class EncoderSpec:
         """The factorized layers of a block."""
         return self.layer_ranks[index] if self.layer_ranks else ()
 
+    def blocks(self) -> tuple[int, ...]:
+        """The block that each layer uses: its own."""
+        return tuple(range(self.num_layers))
+
+    first_layers = blocks
+
     def heads(self) -> tuple[int, ...]:
         """Attention heads of each layer."""
         return self.layer_heads or (self.num_heads,) * self.num_layers
@@ -357,3 +363,10 @@ class DecoderSpec:
             top_k=self.top_k,
             unified=self.unified,
         )
+
+
+def upstream_spec(spec: DecoderSpec) -> DecoderSpec:
+    """The nearest one that upstream's classes know: all layers alike, whole, with blocks of their
+    own.
+    """
+    return replace(spec, layer_ffn=(), layer_ranks=(), layer_blocks=(), unified=False, top_k=None)
