@@ -19,7 +19,7 @@ Array = npt.NDArray[np.float64]
 def look(query: Array, keys: Array, values: Array, top_k: int | None) -> Array:
     """One query [D] over keys and values [T, D] that it may see."""
     scores = [float(query @ key) / math.sqrt(len(query)) for key in keys]
-    chosen = range(len(scores))
+    chosen = list(range(len(scores)))
     if top_k is not None and top_k < len(scores):
         least = sorted(scores, reverse=True)[top_k - 1]
         chosen = [j for j in chosen if scores[j] >= least]
@@ -42,7 +42,8 @@ def attention(q: Array, k: Array, v: Array, top_k: int | None, first: int = 0) -
 
 
 def norm(x: Array, weight: Array, eps: float) -> Array:
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    out: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    return out
 
 
 def turned(x: Array, dims: int, theta: float, interleaved: bool) -> Array:
@@ -58,7 +59,8 @@ def turned(x: Array, dims: int, theta: float, interleaved: bool) -> Array:
 
 
 def silu(x: Array) -> Array:
-    return x / (1 + np.exp(-x))
+    out: Array = x / (1 + np.exp(-x))
+    return out
 
 
 def block(x: Array, w: Mapping[str, Array], c: Mapping[str, Any]) -> Array:

@@ -18,6 +18,7 @@ from pocketglm.artifacts.export import read_export
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import ExportOptions, RunOptions
 from pocketglm.model.hf import decoder_spec_of
+from pocketglm.model.layers import unified_widths
 from pocketglm.model.spec import RopeSpec
 from pocketglm.runtimes import open_decoder
 from pocketglm.stages import _parity_decoder as stage
@@ -123,7 +124,7 @@ def test_k_keys_that_are_all_need_no_choice(tmp_path: Path) -> None:
     lowered, file = lower(folder, tmp_path / "out", options)
     assert lowered.operators["com.microsoft.GroupQueryAttention"] == 4
     assert worst(run_file(file, 0), run_torch(folder)) < 1e-4  # 12 tokens at the end
-    odd = {"head_dim": 24, "rope": RopeSpec(24, interleaved=True)}
+    odd: dict[str, Any] = {"head_dim": 24, "rope": RopeSpec(24, interleaved=True)}
     small = Checkpoint.open(save_structure(tmp_path / "b", "glm-wide", top_k=12, **odd))
     assert "head_dim 24" in str(TARGET.supports(small, options))
     _, file = lower(small.path, tmp_path / "small")
@@ -152,7 +153,7 @@ def test_a_planted_defect_is_found(
         graph: Any = _onnx_decoder.DecoderGraph
         monkeypatch.setattr(graph, "_at", lambda self, index: f"blocks.{index // 2}.")
     elif defect == "order":
-        swap = _onnx_decoder.unified_widths
+        swap = unified_widths
         monkeypatch.setattr(
             _onnx_decoder, "unified_widths", lambda spec: [*swap(spec)[2:], *swap(spec)[:2]]
         )

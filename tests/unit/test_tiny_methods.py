@@ -1,4 +1,4 @@
-"""Other methods on shared and unified blocks with top-k attention: at work, or refused before it."""
+"""Other methods on shared and unified blocks and top-k attention: at work, or refused before."""
 
 from __future__ import annotations
 
