@@ -39,6 +39,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 QUICK: dict[str, dict[str, Any]] = {
     "qat": {"epochs": 2, "rows": 16, "learning_rate": 1e-3},
     "distill": {"layers": 1, "features": "hidden", "epochs": 2},
+    "tiny": {"share": 2, "top_k": 4, "epochs": 2},
 }
 BY_KIND: dict[tuple[str, str], dict[str, Any]] = {("distill", "encoder"): {"augment": 1}}
 # Methods whose result's size only the work itself can tell; what they claim before is the most.

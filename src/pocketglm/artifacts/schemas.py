@@ -28,8 +28,9 @@ class InspectResult(Config):
     positions that an export computes logits of. `command`: intents with their slots, of a model
     that was trained for commands. `layer_heads`, `layer_ffn`: attention heads and FFN channels of
     each layer where a pruned model's layers differ; `heads` is the greatest. `layer_ranks`: the
-    factorized linear layers of each layer, with their ranks. `notes`: what a user should know, one
-    sentence each.
+    factorized linear layers of each layer, with their ranks. `layer_blocks`: the block that each
+    layer uses, where layers share them; `unified`, `top_k`: as in `BlockSpec`. `notes`: what a user
+    should know, one sentence each.
     """
 
     path: str
@@ -44,6 +45,9 @@ class InspectResult(Config):
     layer_heads: list[int] = []
     layer_ffn: list[int] = []
     layer_ranks: list[dict[str, int]] = []
+    layer_blocks: list[int] = []
+    unified: bool = False
+    top_k: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
     kv_bytes_per_token: int | None = None

@@ -39,6 +39,8 @@ def show(result: InspectResult) -> None:
         ("heads by layer", ", ".join(map(str, result.layer_heads))),
         ("FFN by layer", ", ".join(map(str, result.layer_ffn))),
         ("factorized", _ranks(result)),
+        ("blocks", _blocks(result)),
+        ("attention", f"to the {result.top_k} keys of the largest scores" if result.top_k else ""),
         ("key/value heads", _cache(result)),
         ("vocabulary", f"{result.vocab_size:,}" if result.vocab_size else ""),
         ("context" if result.kv_bytes_per_token else "max length", _length(result)),
@@ -80,6 +82,13 @@ def _shape(result: InspectResult) -> str:
         return ""
     size = f" of {result.head_dim}" if result.head_dim and not result.kv_heads else ""
     return f"{result.layers} x {result.hidden_size} x {result.heads}{size}"
+
+
+def _blocks(result: InspectResult) -> str:
+    parts = ["attention and FFN side by side"] if result.unified else []
+    if shared := result.layer_blocks:
+        parts.insert(0, f"{max(shared) + 1}, by layer {', '.join(map(str, shared))}")
+    return "; ".join(parts)
 
 
 def _length(result: InspectResult) -> str:

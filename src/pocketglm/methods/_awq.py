@@ -201,7 +201,6 @@ class Search:
                 chosen[which.source] = alpha
         return chosen
 
-
     def _round(self, which: Fold) -> None:
         """What stays float is what will be stored: F16 has few bits for the smallest values."""
         for name in self._stay_float(which):

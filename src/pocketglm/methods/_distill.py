@@ -96,7 +96,21 @@ class TeachingConfig(StepTraining):
         return {**preset, **values} if preset else values
 
 
-class DistillConfig(TeachingConfig):
+class RowsConfig(TeachingConfig):
+    """What may be done to a decoder's rows."""
+
+    max_length: int | None = Field(
+        None, ge=3, description="decoders: tokens of a row; None = as `pocketglm train`"
+    )
+    slot_swap: float = Field(
+        0.0, ge=0, le=1, description="commands: share of the rows that get other slot values"
+    )
+    made_up: float = Field(
+        0.0, ge=0, le=1, description="commands: share of the slot values that become made-up words"
+    )
+
+
+class DistillConfig(RowsConfig):
     """Settings; `docs/extensions.md` is generated from the descriptions."""
 
     layers: int | list[int] | None = Field(
@@ -114,15 +128,6 @@ class DistillConfig(TeachingConfig):
         None,
         description="the student's first weights: teacher = those of the layers that it keeps; "
         "random; None = random for a student of other sizes, else teacher",
-    )
-    max_length: int | None = Field(
-        None, ge=3, description="decoders: tokens of a row; None = as `pocketglm train`"
-    )
-    slot_swap: float = Field(
-        0.0, ge=0, le=1, description="commands: share of the rows that get other slot values"
-    )
-    made_up: float = Field(
-        0.0, ge=0, le=1, description="commands: share of the slot values that become made-up words"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from pocketglm.data.frames import grammar_of
 from pocketglm.errors import CheckpointError, UsageError
 from pocketglm.methods._distill import (
     DistillConfig,
+    RowsConfig,
     hold_zeros,
     init_of,
     init_reasons,
@@ -24,6 +25,7 @@ from pocketglm.methods._distill import (
     terms_of,
     vocabulary_reasons,
 )
+from pocketglm.model.decoder import Decoder
 from pocketglm.model.hf import (
     decoder_spec_of,
     is_decoder,
@@ -55,8 +57,24 @@ def reasons(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> li
     Raises:
         InputError: another reason.
     """
-    if context.task not in _PREPARE:
-        return [f"a decoder is distilled for lm or command, the task is {context.task}"]
+    if why := task_reason(context):
+        return why
+    base = base_spec(ckpt, context)
+    spec = decoder_student_spec(base, config.layers, config.student)
+    return init_reasons(config, base, spec) + teaching_reasons(config, ckpt, spec, context)
+
+
+def task_reason(context: StepContext) -> list[str]:
+    """Why there is no task to distil for, or nothing."""
+    if context.task in _PREPARE:
+        return []
+    return [f"a decoder is distilled for lm or command, the task is {context.task}"]
+
+
+def teaching_reasons(
+    config: RowsConfig, ckpt: Checkpoint, spec: DecoderSpec, context: StepContext
+) -> list[str]:
+    """Why a student of this spec cannot learn so."""
     found = []
     if config.features == "relations":
         found.append("features: relations are for encoders: set hidden or none")
@@ -66,9 +84,6 @@ def reasons(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> li
         found.append("augment is for encoders; of commands, slot_swap and made_up change the rows")
     if context.task != "command" and (config.slot_swap or config.made_up):
         found.append("slot_swap and made_up are for commands: leave them out")
-    base = _base_spec(ckpt, context)
-    spec = decoder_student_spec(base, config.layers, config.student)
-    found += init_reasons(config, base, spec)
     if not terms_of(config).asks:
         return found
     teacher = teacher_of(config, context)
@@ -86,7 +101,7 @@ def _marks(context: StepContext) -> list[str]:
     return mark_names(grammar_of(context.rows.train))
 
 
-def _base_spec(ckpt: Checkpoint, context: StepContext) -> DecoderSpec:
+def base_spec(ckpt: Checkpoint, context: StepContext) -> DecoderSpec:
     """The step's checkpoint with a vocabulary for the task."""
     spec, tokenizer = decoder_spec_of(ckpt), Tokenizer.load(ckpt.path)
     tokenizer.inner.add_special_tokens(_marks(context))
@@ -94,8 +109,13 @@ def _base_spec(ckpt: Checkpoint, context: StepContext) -> DecoderSpec:
 
 
 def predict(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> Checkpoint:
-    """As `ModelMethod.predict`; the weights keep their type."""
-    spec = decoder_student_spec(_base_spec(ckpt, context), config.layers, config.student)
+    """As `ModelMethod.predict`."""
+    spec = decoder_student_spec(base_spec(ckpt, context), config.layers, config.student)
+    return predict_student(ckpt, spec, context)
+
+
+def predict_student(ckpt: Checkpoint, spec: DecoderSpec, context: StepContext) -> Checkpoint:
+    """What `learn` writes of a student of this spec; the weights keep their type."""
     after, dtype = predicted(ckpt, spec), _STORED.get(precision_of(ckpt), "F32")
     command = grammar_of(context.rows.train) if context.rows and _marks(context) else None
     return replace(
@@ -110,7 +130,24 @@ def run(
     config: DistillConfig, ckpt: Checkpoint, folder: Path, context: StepContext
 ) -> Mapping[str, float]:
     """As `ModelMethod.run`."""
-    job = _job(config, ckpt, context)
+
+    def student(base: Decoder) -> Decoder:
+        spec = decoder_student_spec(base.spec, config.layers, config.student)
+        kept = kept_of(config, base.spec, spec)
+        return make_student(base, spec, kept, init_of(config), context.seed)
+
+    return learn(config, ckpt, folder, context, student)
+
+
+def learn(
+    config: RowsConfig,
+    ckpt: Checkpoint,
+    folder: Path,
+    context: StepContext,
+    student: Callable[[Decoder], Decoder],
+) -> Mapping[str, float]:
+    """Train what `student` makes of the checkpoint's model, and write it."""
+    job = _job(config, ckpt, context, student)
     hold_zeros(config, ckpt, job.model)
     effect = _learn(config, job, folder / WORK, context) if config.epochs else {}
     job.finish()
@@ -119,7 +156,7 @@ def run(
 
 
 def _learn(
-    config: DistillConfig, job: DecoderJob, work: Path, context: StepContext
+    config: RowsConfig, job: DecoderJob, work: Path, context: StepContext
 ) -> dict[str, float]:
     trainee: nn.Module = job.trainee
     job.trainee.smoothing = config.label_smoothing
@@ -142,7 +179,7 @@ def _learn(
     }
 
 
-def _pupil(config: DistillConfig, job: DecoderJob, context: StepContext) -> DecoderPupil:
+def _pupil(config: RowsConfig, job: DecoderJob, context: StepContext) -> DecoderPupil:
     source = teacher_of(config, context)
     theirs = decoder_spec_of(source)
     longest = int(job.train.lengths.max()) - 1
@@ -160,7 +197,12 @@ def _pupil(config: DistillConfig, job: DecoderJob, context: StepContext) -> Deco
     return DecoderPupil(job.model, teacher, terms, shared, context.seed)
 
 
-def _job(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> DecoderJob:
+def _job(
+    config: RowsConfig,
+    ckpt: Checkpoint,
+    context: StepContext,
+    make: Callable[[Decoder], Decoder],
+) -> DecoderJob:
     """The student with its rows.
 
     Raises:
@@ -182,9 +224,7 @@ def _job(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> Decod
     base = job.model
     for name, value in base.state_dict().items():
         check_finite(ckpt, stored_name(ckpt, name), value)
-    spec = decoder_student_spec(base.spec, config.layers, config.student)
-    kept = kept_of(config, base.spec, spec)
-    student = make_student(base, spec, kept, init_of(config), context.seed)
+    student = make(base)
     if config.dropout:
         set_dropout(student, config.dropout)
     return replace(job, source=replace(job.source, model=student))

@@ -26,6 +26,8 @@ STAGES = (
     ("attention.output",),
     ("ffn.gate_up", "ffn.gate", "ffn.up"),
     ("ffn.down",),
+    ("unified.input",),
+    ("unified.output",),
 )
 _MEASURED = 512  # output channels of a layer whose error is measured, evenly spread
 

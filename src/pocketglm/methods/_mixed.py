@@ -67,12 +67,17 @@ class Sensitivity:
         return cls(model, batches, search, wanted)
 
     def measure(self, units: Sequence[Unit], reporter: Reporter) -> list[list[float]]:
-        """By unit and form. A unit's block is computed from what enters it, in float."""
+        """By unit and form. A unit's block is computed from what enters it, in float; one that
+        layers share from what enters the first of them."""
         found: dict[str, list[float]] = {}
         hidden, model = embedded(self.model, self.batches), self.model
         tables = [unit for unit in units if unit.parameters[0] in _TABLES]
         heads = [unit for unit in units if unit.block is None and unit not in tables]
-        stages = [[u for u in units if u.block == i] for i in range(model.spec.num_layers)]
+        first, layers = model.spec.first_layers(), range(model.spec.num_layers)
+        stages = [
+            [u for u in units if u.block is not None and first[u.block] == layer]
+            for layer in layers
+        ]
         for unit in tables:
             found[unit.name] = self._forms(unit, None, 0)
         for index, stage in enumerate([*stages, heads]):

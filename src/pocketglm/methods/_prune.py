@@ -20,6 +20,7 @@ from pocketglm.model.hf import (
     load_decoder,
     load_encoder,
     max_length_of,
+    model_spec_of,
     predicted,
     save_decoder,
     save_encoder,
@@ -46,6 +47,15 @@ def quantized_reason(ckpt: Checkpoint) -> list[str]:
         f"it is quantized ({', '.join(bits) or 'quantization_config'}): pruning cannot follow "
         "quantization, put it before that step in the plan"
     ]
+
+
+def structure_reason(ckpt: Checkpoint) -> list[str]:
+    """Why blocks that are shared or unified are not cut, or nothing."""
+    spec = model_spec_of(ckpt)
+    if isinstance(spec, DecoderSpec) and (spec.layer_blocks or spec.unified):
+        kind = "unified" if spec.unified else "shared by layers"
+        return [f"its blocks are {kind}, they are not cut: prune before tiny in the plan"]
+    return []
 
 
 def taylor_reason(ckpt: Checkpoint, context: StepContext) -> list[str]:

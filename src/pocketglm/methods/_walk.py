@@ -32,13 +32,14 @@ def embedded(model: Model, batches: Sequence[Tensor]) -> list[Tensor]:
 
 
 def block_of(model: Model, index: int) -> Block:
-    return cast(Block, model.blocks[index])
+    """The block that layer `index` uses."""
+    return cast(Block, model.blocks[model.spec.blocks()[index]])
 
 
 @torch.inference_mode()
 def call(model: Model, block: Block, x: Tensor) -> Tensor:
     """One block of `model`: x [B, S, H], rows without padding, each from position 0."""
-    rope = block.attention.spec.rope
+    rope = block.spec.rope
     turn = rotation(rope, torch.arange(x.shape[1])[None], x.dtype) if rope else None
     attend = torch.ones(1, 1, 1, 1).bool() if isinstance(model, Encoder) else None
     return cast(Tensor, block(x, attend, turn))

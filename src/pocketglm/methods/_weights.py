@@ -139,8 +139,9 @@ def round_to_nearest(
 
 def block_shapes(ckpt: Checkpoint, index: int) -> dict[str, tuple[int, int]]:
     """[N, K] of the linear layers of one block, by their names in it."""
+    spec = model_spec_of(ckpt)
     with bare_modules():
-        block = Block(model_spec_of(ckpt).block(index))
+        block = Block(spec.block(spec.first_layers()[index]))
     found = {}
     for name, value in block.state_dict().items():
         if value.ndim == 2:

@@ -38,7 +38,7 @@ from pocketglm.model.decoder import Decoder
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import model_spec_of, stored_name
 from pocketglm.model.layers import Block, Factored, bare_modules
-from pocketglm.model.spec import Ranks
+from pocketglm.model.spec import DecoderSpec, Ranks
 from pocketglm.ops.lowrank import Decomposition, Moments
 from pocketglm.ops.stored import parameter_counts
 from pocketglm.train._calibration import calibration_reasons
@@ -153,7 +153,11 @@ def _largest(config: FactorizeConfig, ckpt: Checkpoint) -> list[Ranks]:
 def _check(config: FactorizeConfig, ckpt: Checkpoint, context: StepContext) -> list[str]:
     if ckpt.manifest.schemes or "quantization_config" in ckpt.config:
         return ["it is quantized: factorize the float model, before that step of the plan"]
-    if model_spec_of(ckpt).layer_ranks:
+    spec = model_spec_of(ckpt)
+    if isinstance(spec, DecoderSpec) and (spec.unified or spec.layer_blocks):
+        kind = "unified" if spec.unified else "shared"
+        return [f"its blocks are {kind}: factorize a model whose layers have blocks of their own"]
+    if spec.layer_ranks:
         return ["it is factorized already: start from the model before that"]
     reasons = [
         f"skip: '{pattern}' matches no tensor, e.g. '*.layer.0.*'"

@@ -26,6 +26,7 @@ from pocketglm.methods._prune import (
     load,
     quantized_reason,
     save,
+    structure_reason,
 )
 from pocketglm.methods._scores import layer_influence
 from pocketglm.model.hf import model_spec_of
@@ -65,7 +66,7 @@ def _needs_rows(config: DepthConfig) -> bool:
 
 
 def _check(config: DepthConfig, ckpt: Checkpoint, context: StepContext) -> list[str]:
-    reasons = quantized_reason(ckpt)
+    reasons = quantized_reason(ckpt) + structure_reason(ckpt)
     layers = model_spec_of(ckpt).num_layers
     if config.keep is not None and config.ratio is not None:
         reasons.append(f"keep={config.keep} and ratio={config.ratio:g}: set one of them")

@@ -34,6 +34,7 @@ from pocketglm.methods._prune import (
     load,
     quantized_reason,
     save,
+    structure_reason,
     taylor_reason,
 )
 from pocketglm.methods._scores import (
@@ -106,7 +107,7 @@ def _needs_rows(config: WidthConfig) -> bool:
 
 
 def _check(config: WidthConfig, ckpt: Checkpoint, context: StepContext) -> list[str]:
-    reasons = quantized_reason(ckpt)
+    reasons = quantized_reason(ckpt) + structure_reason(ckpt)
     units = _units(config, model_spec_of(ckpt))
     reasons += [reason for unit in units if (reason := unit.reason())]
     if model_spec_of(ckpt).layer_ranks:

@@ -25,6 +25,7 @@ from pocketglm.methods._weights import (
     select_scheme,
 )
 from pocketglm.model.hf import is_decoder, model_spec_of
+from pocketglm.model.spec import DecoderSpec
 from pocketglm.ops.affine import dequantize
 
 _DAMPING = 0.01
@@ -44,7 +45,13 @@ def _check(config: AwqConfig, ckpt: Checkpoint, context: StepContext) -> list[st
         return [
             "it is an encoder: AWQ folds scales into norms before the layers; use quantize_gptq"
         ]
-    if model_spec_of(ckpt).layer_ranks:
+    spec = model_spec_of(ckpt)
+    if isinstance(spec, DecoderSpec) and spec.unified:
+        return [
+            "its blocks are unified: no norm or layer makes the inputs of one weight alone; "
+            "use quantize_gptq"
+        ]
+    if spec.layer_ranks:
         return ["it is factorized, so no layer can take a scale whole: use quantize_gptq"]
     return block_reasons(config, ckpt, context)
 

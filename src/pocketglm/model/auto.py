@@ -46,7 +46,7 @@ class PocketGLMConfig(BertConfig):  # type: ignore[no-untyped-call]
     """BERT's fields, and `pooling` says how tokens are pooled; a decoder has its family's.
 
     Pruned layers: `head_dim`, `layer_num_attention_heads`, `layer_intermediate_size`; factorized
-    ones: `layer_ranks`.
+    ones: `layer_ranks`; a decoder's structure: `layer_blocks`, `unified_blocks`, `attention_top_k`.
     """
 
     model_type = "pocketglm"

@@ -47,6 +47,10 @@ _NAMES = {
     "ffn.down": "mlp.down_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_post_norm": "post_mlp_layernorm",
+    "unified.input": "unified.in_proj",
+    "unified.output": "unified.out_proj",
+    "unified.query_norm": "unified.q_norm",
+    "unified.key_norm": "unified.k_norm",
 }
 # As in bert.py: the first pattern found in a stored name says which part it belongs to.
 ROLES: tuple[tuple[str, Role], ...] = (
@@ -54,7 +58,7 @@ ROLES: tuple[tuple[str, Role], ...] = (
     (r"norm\.", "other"),
     (r"(^|\.)embed_tokens\.", "embedding"),
     (r"\.self_attn\.", "attention"),
-    (r"\.mlp\.", "ffn"),
+    (r"\.(mlp|unified)\.", "ffn"),
 )
 EMBEDDING = r"(^|\.)embed_tokens\.weight$"
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"

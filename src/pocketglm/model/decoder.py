@@ -6,6 +6,9 @@ Logits at padding are meaningless. With a cache, every call continues the rows w
     cache = model.new_cache(batch=2)
     logits = model.prefill(ids, mask, cache)      # of each row's last token, [B, V]
     logits = model.step(logits.argmax(-1), cache)
+
+`blocks` are the blocks that differ: layers that share one (`DecoderSpec.layer_blocks`) share its
+parameters, and each has its own place in the cache.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from pocketglm.contracts import Floats
 from pocketglm.errors import UsageError
 from pocketglm.model.cache import KVCache
-from pocketglm.model.layers import Block, rotation
+from pocketglm.model.layers import Block, Passage, rotation
 from pocketglm.model.spec import DecoderSpec
 
 _CHUNK = 1 << 22  # random values made at a time
@@ -34,7 +37,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.blocks = nn.ModuleList(Block(spec.block(i)) for i in range(spec.num_layers))
+        self.blocks = nn.ModuleList(Block(spec.block(i)) for i in spec.first_layers())
+        self.ends = nn.ModuleList(Passage(spec.hidden_size) for _ in range(spec.num_layers))
         self.norm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.head = None if spec.tied else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
@@ -85,8 +89,9 @@ class Decoder(nn.Module):
         x: Tensor = self.tokens(ids)
         turn = rotation(self.spec.rope, positions, x.dtype)
         attend = _attend(positions, cache)
-        for index, block in enumerate(self.blocks):
-            x = block(x, attend, turn, cache.layer(index, positions) if cache else None)
+        for index, (number, end) in enumerate(zip(self.spec.blocks(), self.ends, strict=True)):
+            past = cache.layer(index, positions) if cache else None
+            x = end(self.blocks[number](x, attend, turn, past))
         if cache is not None:
             cache.advance(counts)
         result: Tensor = self.norm(x)

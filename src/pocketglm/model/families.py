@@ -11,8 +11,9 @@ What an encoder's folder means:
   `model/auto.py` opens it in transformers.
 
 A decoder's folder is a causal language model of one of `DECODERS`; where upstream cannot express
-how its weights are stored, or its layers' FFNs differ or are factorized, it is `model_type:
-pocketglm` with the `family`.
+how its weights are stored, or its layers' FFNs differ or are factorized, or it has the structure of
+`methods/tiny.py` (shared or unified blocks, top-k attention), it is `model_type: pocketglm` with
+the `family`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pocketglm.errors import CheckpointError, nearest
 from pocketglm.model import bert, causal, glm, llama, qwen
 from pocketglm.model.sentence import read_max_length, read_pooling
 from pocketglm.model.spec import DecoderSpec, EncoderSpec, Head, Pooling, Role
-from pocketglm.model.unequal import read_decoder_sizes
+from pocketglm.model.unequal import read_structure
 
 POCKETGLM = "pocketglm"
 POCKETGLM_CLASSIFIER = "PocketGLMForSequenceClassification"
@@ -104,12 +105,13 @@ def decoder_spec_of(ckpt: Checkpoint) -> DecoderSpec:
     spec: DecoderSpec = module.spec_of(fields, family, stored_head)
     if ckpt.config["model_type"] != POCKETGLM:
         return spec
-    sizes = read_decoder_sizes(ckpt.config, fields.file, spec.num_layers)
+    own = read_structure(ckpt.config, fields.file, spec.num_layers)
     try:
-        return replace(spec, **sizes)
+        return replace(spec, **own)
     except ValueError as error:
         raise CheckpointError(
-            f"{fields.file}: {error}", "compare it with the original's"
+            f"{fields.file}: {error}",
+            "compare it with the config.json that `pocketglm compress` wrote",
         ) from error
 
 

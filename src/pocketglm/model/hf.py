@@ -42,7 +42,7 @@ from pocketglm.model.families import (
 from pocketglm.model.layers import bare_modules
 from pocketglm.model.sentence import write_sentence_files
 from pocketglm.model.spec import DecoderSpec, EncoderSpec
-from pocketglm.model.unequal import KEYS, LAYER_KEYS, own_sizes
+from pocketglm.model.unequal import DECODER_KEYS, KEYS, own_fields
 from pocketglm.ops.stored import as_array, read_weight, stored_layout
 from pocketglm.text.tokenizer import TOKENIZER_FILES
 
@@ -133,10 +133,12 @@ def check_tensors(ckpt: Checkpoint) -> None:
             _INCOMPLETE,
         )
     layers = [int(n) for n in re.findall(_LAYER, " ".join(ckpt.tensors))]
-    if layers and max(layers) >= spec.num_layers:
+    blocks = len(spec.first_layers()) if isinstance(spec, DecoderSpec) else spec.num_layers
+    if layers and max(layers) >= blocks:
+        shared = f" and that they share {blocks} blocks" if blocks < spec.num_layers else ""
         raise CheckpointError(
             f"{ckpt.path} stores {max(layers) + 1} layers, its config.json says "
-            f"num_hidden_layers {spec.num_layers}",
+            f"num_hidden_layers {spec.num_layers}{shared}",
             _INCOMPLETE,
         )
 
@@ -318,7 +320,7 @@ def decoder_config(
 ) -> dict[str, Any]:
     """config.json of a float decoder; fields that a spec does not know are the source's."""
     replaced = {"quantization_config", "_name_or_path", "torch_dtype", "auto_map"}
-    replaced |= {"family", "rope_scaling", *LAYER_KEYS}
+    replaced |= {"family", "rope_scaling", *DECODER_KEYS}
     old = source.config if source else {}
     module = DECODERS[spec.family]
     config = {key: value for key, value in old.items() if key not in replaced} | {
@@ -365,14 +367,14 @@ def pocketglm_fields(spec: EncoderSpec | DecoderSpec) -> dict[str, Any]:
             "architectures": [POCKETGLM_DECODER],
             "model_type": POCKETGLM,
             "family": spec.family,
-            **own_sizes(spec),
+            **own_fields(spec),
         }
     architecture = POCKETGLM_CLASSIFIER if spec.head == "classification" else POCKETGLM_MODEL
     return {
         "architectures": [architecture],
         "model_type": POCKETGLM,
         "pooling": spec.pooling,
-        **own_sizes(spec),
+        **own_fields(spec),
     }
 
 

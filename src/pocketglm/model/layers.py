@@ -4,13 +4,14 @@ Attention: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762. GELU: Hendryck
 https://arxiv.org/abs/1606.08415 (`gelu_new` is its tanh approximation). Gated FFN: Shazeer 2020,
 https://arxiv.org/abs/2002.05202. RMSNorm: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
 Rotary positions: Su et al. 2021, https://arxiv.org/abs/2104.09864; their scaling: Llama 3.1,
-https://arxiv.org/abs/2407.21783.
+https://arxiv.org/abs/2407.21783. Attention and FFN side by side: GPT-J; PaLM, Chowdhery et al.
+2022, https://arxiv.org/abs/2204.02311.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pocketglm.model.sparse import sparse_attention
 from pocketglm.model.spec import Activation, BlockSpec, RopeSpec
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -101,20 +103,66 @@ def _layer(spec: BlockSpec, name: str, columns: int, rows: int, bias: bool) -> A
     return Factored(columns, rows, rank, bias)
 
 
-class Attention(nn.Module):
-    """Multi-head attention of a sequence to itself."""
+class _Heads(nn.Module):
+    """What stands between attention's projections."""
+
+    query_norm: nn.RMSNorm | None
+    key_norm: nn.RMSNorm | None
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         self.spec = spec
+
+    def _add_norms(self) -> None:
+        spec = self.spec
+        self.query_norm = nn.RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self.key_norm = nn.RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+
+    def look(
+        self,
+        projected: Sequence[Tensor],
+        attend: Tensor | None,
+        turn: Rotation | None,
+        past: Past | None,
+    ) -> Tensor:
+        """Queries, keys and values [B, S, heads * head_dim] -> [B, S, heads * head_dim]."""
+        spec = self.spec
+        q, k, v = (part.view(*part.shape[:-1], -1, spec.head_dim) for part in projected)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if turn is not None:
+            q, k = turn.turn(q), turn.turn(k)
+        if past is not None:
+            k, v = past.extend(k, v)
+        dropout = spec.attention_dropout if self.training else 0.0
+        if spec.top_k is not None and spec.top_k < k.shape[2]:
+            out = sparse_attention(q, k, v, attend, spec.top_k, dropout)
+        else:
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=attend,
+                dropout_p=dropout,
+                is_causal=attend is None,
+                enable_gqa=spec.num_kv_heads != spec.num_heads,
+            )
+        return out.transpose(1, 2).flatten(2)
+
+
+class Attention(_Heads):
+    """Multi-head attention of a sequence to itself."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__(spec)
         width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         hidden, bias = spec.hidden_size, spec.attention_bias
         self.query = _layer(spec, "attention.query", hidden, width, bias)
         self.key = _layer(spec, "attention.key", hidden, kv_width, bias)
         self.value = _layer(spec, "attention.value", hidden, kv_width, bias)
         self.output = _layer(spec, "attention.output", width, hidden, spec.output_bias)
-        self.query_norm = nn.RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
-        self.key_norm = nn.RMSNorm(spec.head_dim, spec.norm_eps) if spec.qk_norm else None
+        self._add_norms()
 
     def forward(
         self,
@@ -127,28 +175,43 @@ class Attention(nn.Module):
 
         attend: bool, broadcastable to [B, 1, S, T] (True = may be looked at); None = causal.
         """
-        q, k, v = (
-            layer(x).unflatten(-1, (-1, self.spec.head_dim))
-            for layer in (self.query, self.key, self.value)
-        )
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if turn is not None:
-            q, k = turn.turn(q), turn.turn(k)
-        if past is not None:
-            k, v = past.extend(k, v)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=attend,
-            dropout_p=self.spec.attention_dropout if self.training else 0.0,
-            is_causal=attend is None,
-            enable_gqa=self.spec.num_kv_heads != self.spec.num_heads,
-        )
-        result: Tensor = self.output(out.transpose(1, 2).flatten(2))
+        projected = self.query(x), self.key(x), self.value(x)
+        result: Tensor = self.output(self.look(projected, attend, turn, past))
         return result
+
+
+class Unified(_Heads):
+    """Attention and a gated FFN side by side, between one projection and another."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__(spec)
+        self.widths = unified_widths(spec)
+        width, channels = self.widths[0], self.widths[3]
+        in_bias = spec.attention_bias or spec.ffn_bias
+        self.input = nn.Linear(spec.hidden_size, sum(self.widths), in_bias)
+        out_bias = spec.output_bias or spec.ffn_bias
+        self.output = nn.Linear(width + channels, spec.hidden_size, out_bias)
+        self._add_norms()
+        self.activation = ACTIVATIONS[spec.activation]
+
+    def forward(
+        self,
+        x: Tensor,
+        attend: Tensor | None,
+        turn: Rotation | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
+        """x [B, S, H] -> [B, S, H]; as in `Attention`."""
+        *projected, gate, up = self.input(x).split(self.widths, dim=-1)
+        seen = self.look(projected, attend, turn, past)
+        result: Tensor = self.output(torch.cat((seen, self.activation(gate) * up), -1))
+        return result
+
+
+def unified_widths(spec: BlockSpec) -> tuple[int, int, int, int, int]:
+    """Rows of a unified block's input weight: query, key, value, gate, up."""
+    width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    return width, kv_width, kv_width, spec.intermediate_size, spec.intermediate_size
 
 
 class FeedForward(nn.Module):
@@ -190,11 +253,21 @@ class GatedFeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and FFN, each added to its input; `spec.norms` says where the norms stand."""
+    """Attention and FFN, each added to its input; `spec.norms` says where the norms stand.
+
+    A unified block adds both to the same input.
+    """
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
+        self.spec = spec
         norm = nn.LayerNorm if spec.norm == "layer" else nn.RMSNorm
+        self.dropout = nn.Dropout(spec.dropout)
+        self.post = spec.norms == "post"
+        self.unified = Unified(spec) if spec.unified else None
+        if spec.unified:
+            self.attention_norm = norm(spec.hidden_size, spec.norm_eps)
+            return
         self.attention = Attention(spec)
         self.attention_norm = norm(spec.hidden_size, spec.norm_eps)
         self.ffn = FeedForward(spec) if spec.ffn == "plain" else GatedFeedForward(spec)
@@ -202,8 +275,6 @@ class Block(nn.Module):
         four = spec.norms == "both"
         self.attention_post_norm = norm(spec.hidden_size, spec.norm_eps) if four else nn.Identity()
         self.ffn_post_norm = norm(spec.hidden_size, spec.norm_eps) if four else nn.Identity()
-        self.dropout = nn.Dropout(spec.dropout)
-        self.post = spec.norms == "post"
 
     def forward(
         self,
@@ -213,6 +284,9 @@ class Block(nn.Module):
         past: Past | None = None,
     ) -> Tensor:
         """x [B, S, H] -> [B, S, H]; the rest as in `Attention`."""
+        if self.unified is not None:
+            y = self.unified(self.attention_norm(x), attend, turn, past)
+            return x + cast(Tensor, self.dropout(y))
         if self.post:
             x = self.attention_norm(x + self.dropout(self.attention(x, attend, turn, past)))
             return cast(Tensor, self.ffn_norm(x + self.dropout(self.ffn(x))))
@@ -220,6 +294,14 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention_post_norm(y))
         y = self.ffn_post_norm(self.ffn(self.ffn_norm(x)))
         return x + cast(Tensor, self.dropout(y))
+
+
+class Passage(nn.Identity):
+    """Where a layer's output passes, so that hooks can see it; layers may share their block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
 
 
 def init_weights(module: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:

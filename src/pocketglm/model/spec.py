@@ -5,7 +5,7 @@ Families (`bert.py`, ...) translate their `config.json` into these and back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Activation = Literal["gelu", "gelu_new", "relu", "silu"]
@@ -57,6 +57,10 @@ class BlockSpec:
     ffn: "plain" = two layers, "gated" = gate, up and down, "fused" = gate and up in one weight.
     qk_norm: query and key are normalized head by head. rope: None = no rotary positions.
     ranks: layers whose weight is the product of two, [N, rank] and [rank, K].
+    top_k: a query looks at so many keys only, those with its largest scores; None = at all.
+    unified: one norm, and attention and FFN side by side: all that reads the norm's output is one
+    weight [query | key | value | gate | up], all that writes to the residual another, [attention's
+    output | down] (`norms`, `ffn` and the separate weights do not count then).
     """
 
     hidden_size: int
@@ -77,6 +81,8 @@ class BlockSpec:
     qk_norm: bool = False
     rope: RopeSpec | None = None
     ranks: Ranks = ()
+    top_k: int | None = None
+    unified: bool = False
 
 
 def _settle_ranks(spec: EncoderSpec | DecoderSpec) -> None:
@@ -113,6 +119,25 @@ def _settle(spec: EncoderSpec | DecoderSpec, name: str, common: str) -> None:
         )
     object.__setattr__(spec, common, max(sizes))
     object.__setattr__(spec, name, tuple(sizes) if len(set(sizes)) > 1 else ())
+
+
+def _settle_blocks(spec: DecoderSpec) -> None:
+    """Blocks are numbered from 0 in the order of the layers; no list where each has its own."""
+    listed = spec.layer_blocks
+    if not listed:
+        return
+    order = {block: number for number, block in enumerate(dict.fromkeys(listed))}
+    blocks = tuple(order[block] for block in listed)
+    if len(blocks) != spec.num_layers or list(blocks) != sorted(blocks):
+        raise ValueError(
+            f"layer_blocks {list(listed)}: should be a number for each of the {spec.num_layers} "
+            "layers, and layers that share a block should be neighbours"
+        )
+    if len(set(zip(blocks, spec.ffn(), strict=True))) > len(order):
+        raise ValueError(
+            f"layer_ffn {list(spec.ffn())}: layers that share a block have the same channels"
+        )
+    object.__setattr__(spec, "layer_blocks", blocks if len(order) < len(blocks) else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +209,12 @@ class EncoderSpec:
         """The factorized layers of a block."""
         return self.layer_ranks[index] if self.layer_ranks else ()
 
+    def blocks(self) -> tuple[int, ...]:
+        """The block that each layer uses: its own."""
+        return tuple(range(self.num_layers))
+
+    first_layers = blocks
+
     def heads(self) -> tuple[int, ...]:
         """Attention heads of each layer."""
         return self.layer_heads or (self.num_heads,) * self.num_layers
@@ -217,7 +248,9 @@ class DecoderSpec:
 
     tied: the head is the token embedding. four_norms: attention and FFN are normalized before and
     after. eos_ids: any of them ends a text. layer_ffn, layer_ranks: as in `EncoderSpec`; heads are
-    the same in every layer, as the cache is.
+    the same in every layer, as the cache is. layer_blocks: the block whose weights each layer uses,
+    empty where each has its own; every layer has its own keys and values. unified, top_k: as in
+    `BlockSpec`. Shared and unified blocks are never factorized.
     """
 
     family: Family
@@ -245,10 +278,21 @@ class DecoderSpec:
     pad_id: int | None = None
     layer_ffn: tuple[int, ...] = ()
     layer_ranks: tuple[Ranks, ...] = ()
+    layer_blocks: tuple[int, ...] = ()
+    unified: bool = False
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         _settle(self, "layer_ffn", "intermediate_size")
         _settle_ranks(self)
+        _settle_blocks(self)
+        if self.unified and self.four_norms:
+            raise ValueError("a unified block has one norm, it cannot have four")
+        if self.layer_ranks and (self.unified or self.layer_blocks):
+            kind = "unified" if self.unified else "shared"
+            raise ValueError(f"layer_ranks: {kind} blocks are never factorized")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k {self.top_k}: a query looks at one key at least")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"{self.num_heads} attention heads are not a multiple of "
@@ -266,12 +310,15 @@ class DecoderSpec:
 
     @property
     def regular(self) -> bool:
-        """Whether all layers are alike and whole, as upstream's are."""
-        return not (self.layer_ffn or self.layer_ranks)
+        """Whether upstream's classes can express it: all layers alike and whole, each with its own
+        block.
+        """
+        own = self.layer_ffn or self.layer_ranks or self.layer_blocks or self.unified or self.top_k
+        return not own
 
     @property
     def linear_layers(self) -> tuple[str, ...]:
-        """The linear layers of a block, by their names in it."""
+        """The linear layers of a block that is not unified, by their names in it."""
         other = ("ffn.gate", "ffn.up") if self.fused_ffn else ("ffn.gate_up",)
         return tuple(name for name in FACTORS if name not in other)
 
@@ -279,12 +326,21 @@ class DecoderSpec:
         """The factorized layers of a block."""
         return self.layer_ranks[index] if self.layer_ranks else ()
 
+    def blocks(self) -> tuple[int, ...]:
+        """The block that each layer uses."""
+        return self.layer_blocks or tuple(range(self.num_layers))
+
+    def first_layers(self) -> tuple[int, ...]:
+        """The first layer that uses each block."""
+        blocks = self.blocks()
+        return tuple(blocks.index(block) for block in range(blocks[-1] + 1))
+
     def ffn(self) -> tuple[int, ...]:
         """FFN channels of each layer."""
         return self.layer_ffn or (self.intermediate_size,) * self.num_layers
 
     def block(self, index: int) -> BlockSpec:
-        """The spec of one of its blocks."""
+        """The spec of the block that a layer uses."""
         return BlockSpec(
             hidden_size=self.hidden_size,
             num_heads=self.num_heads,
@@ -304,4 +360,13 @@ class DecoderSpec:
             qk_norm=self.qk_norm,
             rope=self.rope,
             ranks=self.ranks(index),
+            top_k=self.top_k,
+            unified=self.unified,
         )
+
+
+def upstream_spec(spec: DecoderSpec) -> DecoderSpec:
+    """The nearest one that upstream's classes know: all layers alike, whole, with blocks of their
+    own.
+    """
+    return replace(spec, layer_ffn=(), layer_ranks=(), layer_blocks=(), unified=False, top_k=None)

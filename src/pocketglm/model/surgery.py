@@ -79,9 +79,11 @@ def cut_spec(spec: Spec, kept: Kept) -> Spec:
 
     Raises:
         ValueError: indices that are not in the model or not in order, or nothing stays, or a
-            decoder's layers would have different heads.
+            decoder's layers would have different heads, or its blocks are shared or unified.
     """
     _check(spec, kept)
+    if isinstance(spec, DecoderSpec) and (spec.layer_blocks or spec.unified):
+        raise ValueError("shared and unified blocks are not cut")
     groups = tuple(len(kept.groups[layer]) for layer in kept.layers)
     ffn = tuple(len(kept.ffn[layer]) for layer in kept.layers)
     ranks = tuple(spec.ranks(layer) for layer in kept.layers)

@@ -2,7 +2,8 @@
 
 Blocks are done one after the other: a quantized block's outputs are the next one's inputs. Each
 one's tensors, and then the inputs of the next, are written to WORK, whole or not at all; a killed
-step goes on with the block that it was in. At the end the tensors are put together in one file.
+step goes on with the block that it was in. A block that layers share sees what enters each of them,
+computed with its float weights. At the end the tensors are put together in one file.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class BlockJob:
 
     def _blocks(self, work: Path, schemes: Mapping[str, TensorScheme]) -> list[dict[str, float]]:
         """Do all blocks; what was measured in each."""
-        count, parts = model_spec_of(self.ckpt).num_layers, Parts(self.ckpt)
+        count, parts = len(uses_of(self.ckpt)), Parts(self.ckpt)
         rows = calibration_rows(self.ckpt, self.context, self.spec.tokens(self.step.config))
         batches = batches_of(rows)
         first, hidden = _resumed(work)
@@ -128,18 +129,23 @@ class BlockJob:
     def _block(
         self, work: Path, index: int, hidden: list[Tensor], schemes: Mapping[str, TensorScheme]
     ) -> str:
-        """Quantize one block, and turn its inputs [B, S, H] into its outputs, in place."""
+        """Quantize one block, and turn what enters its first layer [B, S, H] into what leaves its
+        last, in place."""
         parts, at = Parts(self.ckpt), f"blocks.{index}."
         block = parts.block(index)
         names = {name: stored_name(self.ckpt, at + name) for name in block.state_dict()}
         own = {n.removesuffix(".weight"): schemes[s] for n, s in names.items() if s in schemes}
+        entering, uses = hidden, uses_of(self.ckpt)[index]
+        with torch.inference_mode():
+            for _ in range(uses - 1):
+                entering = [*entering, *(parts.call(block, x) for x in entering[-len(hidden) :])]
         result = self.spec.block(
             self.step.config,
             BlockWork(
                 index=index,
                 block=block,
                 schemes=own,
-                hidden=hidden,
+                hidden=entering,
                 call=functools.partial(parts.call, block),
                 stored={name: self.ckpt.tensors[stored].dtype for name, stored in names.items()},
             ),
@@ -147,7 +153,8 @@ class BlockJob:
         _write(work, f"block-{index}", self._stored(result, block, names, own))
         with torch.inference_mode():
             for batch in hidden:
-                batch.copy_(parts.call(block, batch))
+                for _ in range(uses):
+                    batch.copy_(parts.call(block, batch))
         return result.words
 
     def _stored(
@@ -179,7 +186,7 @@ class BlockJob:
         """Put the blocks' tensors and all others in one file."""
         writer = safetensors.Writer(folder / WEIGHTS, layout)
         done = set()
-        for index in range(model_spec_of(self.ckpt).num_layers):
+        for index in range(len(uses_of(self.ckpt))):
             for name, info in safetensors.read_header(_file(work, f"block-{index}")).items():
                 if not name.startswith(_FIGURE):
                     writer.write(name, safetensors.read(info))
@@ -210,18 +217,27 @@ def block_step_bytes(spec: BlockMethod, config: Config, ckpt: Checkpoint) -> int
     model = model_spec_of(ckpt)
     hidden, ffn = model.hidden_size, model.intermediate_size
     tokens, batch = spec.tokens(config), max(BATCH, min(WINDOW, model.max_position_embeddings))
-    # Weights in float32, and their integers once more while they are packed.
+    # Weights in float32, and their integers once more while they are packed; inputs of each layer.
     largest = max(
-        6 * block_parameters(ckpt, index) + spec.memory(config, ckpt, index)
-        for index in range(model.num_layers)
+        6 * block_parameters(ckpt, index)
+        + spec.memory(config, ckpt, index)
+        + 4 * tokens * hidden * (uses + 1 if uses > 1 else 1)
+        for index, uses in enumerate(uses_of(ckpt))
     )
-    return largest + 4 * tokens * hidden + 4 * batch * (4 * ffn + 8 * hidden) + _SPARE
+    return largest + 4 * batch * (4 * ffn + 8 * hidden) + _SPARE
+
+
+def uses_of(ckpt: Checkpoint) -> list[int]:
+    """How many layers use each block."""
+    blocks = model_spec_of(ckpt).blocks()
+    return [blocks.count(block) for block in range(blocks[-1] + 1)]
 
 
 def block_parameters(ckpt: Checkpoint, index: int) -> int:
     """Values of one block's parameters."""
+    spec = model_spec_of(ckpt)
     with bare_modules():
-        block = Block(model_spec_of(ckpt).block(index))
+        block = Block(spec.block(spec.first_layers()[index]))
     return sum(value.numel() for value in block.state_dict().values())
 
 

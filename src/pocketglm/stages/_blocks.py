@@ -77,20 +77,21 @@ class Parts:
         return found
 
     def block(self, index: int) -> Block:
-        """One block, in eval mode.
+        """One block, in eval mode; layers may share it.
 
         Raises:
             CheckpointError: a weight of it holds NaN or infinity.
         """
+        spec = model_spec_of(self.ckpt)
         with bare_modules():
-            block = Block(model_spec_of(self.ckpt).block(index)).eval()
+            block = Block(spec.block(spec.first_layers()[index])).eval()
         names = list(block.state_dict())
         block.load_state_dict({n: self.read(f"blocks.{index}.{n}") for n in names}, assign=True)
         return block.requires_grad_(False)
 
     def call(self, block: Block, x: Tensor) -> Tensor:
         """x [B, S, H], rows without padding, each from position 0 -> [B, S, H]."""
-        rope = block.attention.spec.rope
+        rope = block.spec.rope
         turn = rotation(rope, torch.arange(x.shape[1])[None], x.dtype) if rope else None
         causal = isinstance(model_spec_of(self.ckpt), DecoderSpec)
         result: Tensor = block(x, None if causal else torch.ones(1, 1, 1, 1).bool(), turn)

@@ -244,10 +244,10 @@ class _Reference:
         return torch.stack([turn.cos[0, 0], turn.sin[0, 0]])
 
     def block(self, index: int, x: Tensor) -> Tensor:
-        """x [B, S, H] -> [B, S, H], every row by itself from position 0."""
+        """Layer `index`: x [B, S, H] -> [B, S, H], every row by itself from position 0."""
         with bare_modules():
             block = Block(self.spec.block(index)).eval()
-        at = f"blocks.{index}."
+        at = f"blocks.{self.spec.blocks()[index]}."
         for name, layer in list(block.named_modules()):
             if isinstance(layer, nn.Linear):
                 block.set_submodule(name, _Streamed(self, at + name, layer))

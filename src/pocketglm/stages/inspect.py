@@ -104,6 +104,9 @@ def _own_fields(ckpt: Checkpoint) -> dict[str, Any]:
         "head_dim": spec.head_dim,
         "kv_bytes_per_token": spec.kv_bytes_per_token,
         "eos_ids": list(eos_ids_of(ckpt)),
+        "layer_blocks": list(spec.layer_blocks),
+        "unified": spec.unified,
+        "top_k": spec.top_k,
         **layers,
     }
 

@@ -4,7 +4,8 @@ Attention is one GroupQueryAttention a layer: rotary positions, cache and causal
 It wants rows that are padded on the right, and takes its positions from the attention mask. Query,
 key and value are one packed product, except where each head is normalized first (Qwen3). The past
 may be given as long as it is, or in a longer buffer that is also the present's: then the new keys
-and values are written into it and nothing is copied.
+and values are written into it and nothing is copied. Top-k attention is `_onnx_sparse.py`'s, unless
+k keys are all that the context has.
 
     weight       activation   nodes
     float                     FusedMatMul over the rows as they are stored (transB), Add
@@ -19,8 +20,11 @@ embedding and head are one initializer: the Gather side sees it through a Reshap
 inputs are quantized if those of any other layer are: its scheme is that of the embedding, whose
 inputs are ids.
 
-The residual stream is named `embeddings`, `block.0`, `block.1`, ...; a block's nodes use nothing
-else of another block's. Specs: ONNX Runtime, ContribOperators.md.
+Layers that share a block read the same initializers; each has its own cache. A unified block is one
+product of what reads the norm, and one of what writes to the residual stream.
+
+The residual stream is named `embeddings`, `block.0`, `block.1`, ...; a layer's nodes use nothing
+else of another layer's. Specs: ONNX Runtime, ContribOperators.md.
 """
 
 from __future__ import annotations
@@ -36,14 +40,20 @@ import torch
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import Floats, Reporter
 from pocketglm.model.causal import hf_name
-from pocketglm.model.layers import rotation
+from pocketglm.model.layers import rotation, unified_widths
 from pocketglm.model.spec import DecoderSpec
 from pocketglm.targets._onnx_external import ExternalData
 from pocketglm.targets._onnx_graph import MICROSOFT, GraphBuilder, Shape
 from pocketglm.targets._onnx_rows import Rows, block_of
+from pocketglm.targets._onnx_sparse import SparseAttention
 
 OPSET = 17
 _POSITIONS = 4096  # of the rotary tables, computed at a time
+
+
+def top_k_of(spec: DecoderSpec, context: int) -> int | None:
+    """The keys that a query looks at; None: it may look at all that there are."""
+    return spec.top_k if spec.top_k is not None and spec.top_k < context else None
 
 
 class DecoderGraph:
@@ -75,13 +85,17 @@ class DecoderGraph:
     def build(self, reporter: Reporter) -> onnx.ModelProto:
         """The whole model: int64 ids [B, S], mask [B, T], float32 past -> logits and present."""
         g, spec = self.g, self.spec
-        tokens = g.op("ReduceSum", "attention_mask", g.ints(1), keepdims=0)
-        last_slot = g.op("Sub", tokens, g.ints(1))
-        self._last_slot = g.op("Cast", last_slot, to=onnx.TensorProto.INT32)
-        one = g.constant("int_1", np.array(1, np.int64))
-        total = g.op("Gather", g.op("Shape", "attention_mask"), one)
-        self._total = g.op("Cast", total, to=onnx.TensorProto.INT32)
         self._cos, self._sin = self._rotary_tables()
+        top_k = top_k_of(spec, self.context)
+        if top_k is None:
+            self._sparse = None
+            tokens = g.op("ReduceSum", "attention_mask", g.ints(1), keepdims=0)
+            last_slot = g.op("Sub", tokens, g.ints(1))
+            self._last_slot = g.op("Cast", last_slot, to=onnx.TensorProto.INT32)
+            total = g.op("Gather", g.op("Shape", "attention_mask"), g.number(1))
+            self._total = g.op("Cast", total, to=onnx.TensorProto.INT32)
+        else:
+            self._sparse = SparseAttention(g, spec, top_k, self._cos, self._sin)
         x = self._embeddings()
         for index in range(spec.num_layers):
             reporter.progress("writing blocks", index, spec.num_layers)
@@ -89,6 +103,10 @@ class DecoderGraph:
         reporter.progress("writing blocks", spec.num_layers, spec.num_layers)
         self._head(x)
         return g.model(self.inputs, self.outputs, OPSET, name="decoder", caches=self.past)
+
+    def _at(self, index: int) -> str:
+        """The prefix of the parameters that a layer uses."""
+        return f"blocks.{self.spec.blocks()[index]}."
 
     # --- parts -----------------------------------------------------------------------------------
 
@@ -127,7 +145,10 @@ class DecoderGraph:
         )
 
     def _block(self, x: str, index: int) -> str:
-        g, at, four = self.g, f"blocks.{index}.", self.spec.four_norms
+        g, at, four = self.g, self._at(index), self.spec.four_norms
+        if self.spec.unified:
+            y = self._unified(self._norm(x, at + "attention_norm"), index)
+            return g.op("Add", x, y, out=f"block.{index}")
         y = self._attention(self._norm(x, at + "attention_norm"), index)
         y = self._linear(y, at + "attention.output", bias=self.spec.output_bias)
         y = self._norm(y, at + "attention_post_norm") if four else y
@@ -146,15 +167,42 @@ class DecoderGraph:
 
     def _attention(self, x: str, index: int) -> str:
         """[B, S, H] -> [B, S, heads * head_dim]."""
-        spec, at = self.spec, f"blocks.{index}.attention."
+        g, spec, at = self.g, self.spec, f"{self._at(index)}attention."
         layers = [at + name for name in ("query", "key", "value")]
         if not spec.qk_norm and self._alike(*layers):
-            inputs = [self._linear(x, *layers, bias=spec.attention_bias), "", ""]
+            packed = self._linear(x, *layers, bias=spec.attention_bias)
+            if self._sparse is None:
+                return self._look([packed, "", ""], at, index)
+            widths = unified_widths(spec.block(index))[:3]
+            return self._look(g.ops("Split", 3, packed, g.ints(*widths), axis=-1), at, index)
+        inputs = [self._linear(x, layer, bias=spec.attention_bias) for layer in layers]
+        return self._look(inputs, at, index)
+
+    def _unified(self, x: str, index: int) -> str:
+        """[B, S, H] -> [B, S, H]."""
+        g, spec, at = self.g, self.spec, f"{self._at(index)}unified."
+        bias = spec.ffn_bias or spec.attention_bias
+        packed = self._linear(x, f"{at}input", bias=bias)
+        widths = unified_widths(spec.block(index))
+        if self._sparse is None and not spec.qk_norm:
+            parts = g.ints(sum(widths[:3]), *widths[3:])
+            projected, gate, up = g.ops("Split", 3, packed, parts, axis=-1)
+            inputs = [projected, "", ""]
         else:
-            inputs = [self._linear(x, layer, bias=spec.attention_bias) for layer in layers]
+            *inputs, gate, up = g.ops("Split", 5, packed, g.ints(*widths), axis=-1)
+        seen = self._look(inputs, at, index)
+        both = g.op("Concat", seen, g.op("Mul", self._activation(gate), up), axis=-1)
+        return self._linear(both, f"{at}output", bias=spec.output_bias or spec.ffn_bias)
+
+    def _look(self, inputs: list[str], at: str, index: int) -> str:
+        """Query, key and value, or all in the first, [B, S, ...] -> [B, S, heads * head_dim]."""
+        spec = self.spec
         if spec.qk_norm:
             for place, name in enumerate(("query_norm", "key_norm")):
                 inputs[place] = self._head_norm(inputs[place], at + name)
+        if self._sparse is not None:
+            query, key, value = inputs
+            return self._sparse.attend(query, key, value, index)
         out, *_ = self.g.ops(
             "GroupQueryAttention",
             3,
@@ -182,7 +230,7 @@ class DecoderGraph:
         return g.op("Reshape", self._norm(heads, layer), g.ints(0, 0, -1))
 
     def _ffn(self, x: str, index: int) -> str:
-        g, bias, at = self.g, self.spec.ffn_bias, f"blocks.{index}."
+        g, bias, at = self.g, self.spec.ffn_bias, self._at(index)
         width = self.spec.ffn()[index]
         parts = [at + "ffn.gate_up"] if self.spec.fused_ffn else [at + "ffn.gate", at + "ffn.up"]
         if self._alike(*parts):

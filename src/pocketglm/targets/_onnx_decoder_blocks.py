@@ -20,6 +20,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from pocketglm.contracts import Floats, Ids
 
 _PAST = "past_key_values."
+_PORTS = ("input_ids", "attention_mask")
 _ROWS, _POSITIONS = 512, 4096  # of tables, at a time
 
 
@@ -78,10 +79,12 @@ class _Parts:
         self.past = {i.name: i for i in graph.input if i.name.startswith(_PAST)}
         self.blocks = len(self.past) // 2
         attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
-        self.rotary = sorted({(node.input[7], node.input[8]) for node in attention})
-        tables = [self._table(name) for name in ("embeddings", "logits")]
-        self.tied = tables[0] == tables[1]
-        self.vocabulary = self.constants[tables[0]].dims[0]
+        turning = [node for node in graph.node if node.op_type == "RotaryEmbedding"]
+        tables = [tuple(node.input[7:9]) for node in attention]
+        self.rotary = sorted({*tables, *(tuple(node.input[2:4]) for node in turning)})
+        words, head = (self._table(name) for name in ("embeddings", "logits"))
+        self.tied = words == head
+        self.vocabulary = self.constants[words].dims[0]
 
     def _table(self, value: str) -> str:
         """The initializer that the node of `value` reads its weight from."""
@@ -111,15 +114,19 @@ class _Parts:
         index = name.removeprefix("block.")
         past = [f"{_PAST}{index}.{part}" for part in ("key", "value")]
         present = [f"present.{index}.{part}" for part in ("key", "value")]
-        session = self.session([name, *present], [before, "attention_mask", *past])
+        session = self.session([name, *present], [before, *_PORTS, *past])
+        known = {port.name for port in session.get_inputs()}
         heads, size = (self.past[past[0]].type.tensor_type.shape.dim[i].dim_value for i in (1, 3))
         nothing = np.zeros((len(x), heads, 0, size), np.float32)
         # The columns that hold a prompt; the last token's slot may lie behind them.
         width = int(prompt.sum(axis=1).max())
-        feed = {before: x[:, :width], "attention_mask": prompt[:, :width]}
+        places = np.zeros((len(x), width), np.int64)  # only how many tokens there are counts
+        feed = {before: x[:, :width], "attention_mask": prompt[:, :width], "input_ids": places}
+        feed = {key: value for key, value in feed.items() if key in known}
         y, *cache = session.run(None, feed | dict.fromkeys(past, nothing))
         rows = np.arange(len(x))
         feed = {before: x[rows, last][:, None], "attention_mask": mask[:, : width + 1]}
+        feed |= {"input_ids": places[:, :1]} if "input_ids" in known else {}
         step, *_ = session.run(None, feed | dict(zip(past, cache, strict=True)))
         out = np.zeros_like(x)
         out[:, :width] = y
@@ -173,7 +180,7 @@ class _Parts:
 
 
 def _port(name: str) -> onnx.ValueInfoProto:
-    integers = name in ("input_ids", "attention_mask")
+    integers = name in _PORTS
     return helper.make_tensor_value_info(
         name, TensorProto.INT64 if integers else TensorProto.FLOAT, None
     )

@@ -22,8 +22,9 @@ from pocketglm.model.hf import (
     is_embedding,
     max_length_of,
 )
+from pocketglm.model.spec import upstream_spec
 from pocketglm.runtimes._cores import usable_cores
-from pocketglm.targets._onnx_decoder import OPSET, DecoderGraph
+from pocketglm.targets._onnx_decoder import OPSET, DecoderGraph, top_k_of
 from pocketglm.targets._onnx_external import ExternalData
 from pocketglm.targets._onnx_folder import oldest_runtime, part_bytes, port, write_tokenizer
 from pocketglm.targets._onnx_genai import genai_config
@@ -42,8 +43,9 @@ def supports(ckpt: Checkpoint, options: ExportOptions) -> list[str]:
             f"opset {options.opset}: a decoder needs ONNX Runtime's own operators and is written "
             f"for opset {OPSET}: leave --opset out"
         )
+    whole = top_k_of(spec, options.max_length or max_length_of(ckpt)) is None
     for what, size in (("head_dim", spec.head_dim), ("rotary dims", spec.rope.dims)):
-        if size % _SIXTEEN:
+        if whole and size % _SIXTEEN:
             reasons.append(f"{what} {size}: GroupQueryAttention takes multiples of {_SIXTEEN} only")
     found: dict[str, list[str]] = {}
     for name, scheme in ckpt.manifest.schemes.items():
@@ -86,8 +88,8 @@ def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporte
         spinning=options.spinning,
     )
     write_json(out / "genai_config.json", genai)
-    config = decoder_config(spec, ckpt, torch.float32) | {"max_position_embeddings": context}
-    write_json(out / "config.json", config)
+    config = decoder_config(upstream_spec(spec), ckpt, torch.float32)
+    write_json(out / "config.json", config | {"max_position_embeddings": context})
     write_tokenizer(ckpt, out, context)
     operators = graph.g.operators
     return Lowered(

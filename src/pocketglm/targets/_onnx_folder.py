@@ -40,7 +40,7 @@ def oldest_runtime(linear: Iterable[TensorScheme], operators: Mapping[str, int])
     if f"{MICROSOFT}.MatMulNBits" in operators:
         activations = {scheme.activation for scheme in linear if scheme.bits == 8}
         return "1.23" if "none" in activations else "1.22" if activations else "1.19"
-    if f"{MICROSOFT}.GroupQueryAttention" in operators:
+    if {f"{MICROSOFT}.GroupQueryAttention", f"{MICROSOFT}.RotaryEmbedding"} & set(operators):
         return "1.19"
     return "1.16" if f"{MICROSOFT}.MultiHeadAttention" in operators else "1.15"
 

@@ -84,6 +84,10 @@ class GraphBuilder:
         """A constant int64 vector."""
         return self.constant("ints" + "".join(f"_{v}" for v in values), np.array(values, np.int64))
 
+    def number(self, value: int) -> str:
+        """A constant int64 scalar."""
+        return self.constant(f"int_{value}", np.array(value, np.int64))
+
     def scalar(self, value: float) -> str:
         """A constant float32 scalar."""
         return self.constant(f"float_{value!r}", np.array(value, np.float32))

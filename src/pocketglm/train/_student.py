@@ -37,6 +37,8 @@ _WIDTHS = (
     "intermediate_size",
     "layer_ffn",
     "layer_ranks",
+    "layer_blocks",
+    "unified",
     "max_position_embeddings",
     "family",
     "tied",
@@ -163,7 +165,8 @@ def decoder_student_spec(
     try:
         share = base.rope.dims / base.head_dim
         dims = int(sizes.get("head_dim", base.head_dim) * share)
-        spec = replace(base, **sizes, layer_ranks=(), rope=replace(base.rope, dims=dims))
+        plain: dict[str, Any] = {"layer_ffn": (), "layer_ranks": (), "layer_blocks": (), **sizes}
+        spec = replace(base, **plain, rope=replace(base.rope, dims=dims))
         config = DECODERS[spec.family].config_of(spec)
     except (TypeError, ValueError) as error:
         raise UsageError(f"student: {error}", "correct the sizes") from error
@@ -211,12 +214,14 @@ def make_student(
         return cast(Model, student)
     with bare_modules():
         student = Encoder(spec) if isinstance(spec, EncoderSpec) else Decoder(spec)
-    old = base.state_dict()
+    old, blocks = base.state_dict(), tuple(kept)  # the base's block for each of the student's
+    if isinstance(base, Decoder):
+        blocks = tuple(base.spec.blocks()[kept[layer]] for layer in student.spec.first_layers())
     state: dict[str, Tensor] = {}
     for name in student.state_dict():
         parts = name.split(".")
         if parts[0] == "blocks":
-            parts[1] = str(kept[int(parts[1])])
+            parts[1] = str(blocks[int(parts[1])])
         state[name] = old[".".join(parts)].clone()
     student.load_state_dict(state, assign=True)
     return cast(Model, student.eval())

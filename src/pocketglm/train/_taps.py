@@ -7,14 +7,17 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from pocketglm.model.layers import Factored
+from pocketglm.model.decoder import Decoder
+from pocketglm.model.layers import Factored, Passage
 
 Features = Literal["none", "hidden", "relations"]
 
 
 def taps(model: nn.Module, features: Features, layers: Sequence[int]) -> list[nn.Module]:
-    """The modules whose outputs are the features: the blocks themselves, or query, key and value
+    """The modules whose outputs are the features: those after the layers, or query, key and value
     of each (before rotary positions, which both models add alike)."""
+    if features == "hidden" and isinstance(model, Decoder):
+        return [model.ends[layer] for layer in layers]  # layers may share a block
     blocks = [cast(Any, model).blocks[layer] for layer in layers]
     if features == "relations":
         return [
@@ -29,6 +32,8 @@ def width_of(tap: nn.Module) -> int:
     """Features of a tap's output."""
     if isinstance(tap, nn.Linear | Factored):
         return tap.out_features
+    if isinstance(tap, Passage):
+        return tap.width
     size: int = cast(Any, tap).attention.query.in_features
     return size
 
