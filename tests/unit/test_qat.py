@@ -23,7 +23,8 @@ from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import DataOptions, EncoderSession, ExportOptions, RunOptions
 from pocketglm.errors import UnsupportedError
 from pocketglm.ops.affine import quantize
-from pocketglm.ops.fake_quant import FakeWeight, fake_quant_dynamic
+from pocketglm.ops.fake_quant import fake_quant_dynamic
+from pocketglm.ops.fake_weight import FakeWeight
 from pocketglm.ops.stored import read_weight
 from pocketglm.runtimes import open_encoder
 from pocketglm.stages.compress import compress

@@ -15,6 +15,7 @@ from pocketglm.data.frames import grammar_of
 from pocketglm.errors import CheckpointError, UsageError
 from pocketglm.methods._distill import (
     DistillConfig,
+    TeachingConfig,
     hold_zeros,
     init_of,
     init_reasons,
@@ -57,6 +58,19 @@ def reasons(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> li
     """
     if context.task not in _PREPARE:
         return [f"a decoder is distilled for lm or command, the task is {context.task}"]
+    base = _base_spec(ckpt, context)
+    spec = decoder_student_spec(base, config.layers, config.student)
+    return init_reasons(config, base, spec) + teaching_reasons(config, spec, ckpt, context)
+
+
+def teaching_reasons(
+    config: TeachingConfig, spec: DecoderSpec, ckpt: Checkpoint, context: StepContext
+) -> list[str]:
+    """Why a student `spec`, made from `ckpt`, cannot learn so.
+
+    Raises:
+        InputError: the teacher's folder cannot be opened.
+    """
     found = []
     if config.features == "relations":
         found.append("features: relations are for encoders: set hidden or none")
@@ -66,9 +80,6 @@ def reasons(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> li
         found.append("augment is for encoders; of commands, slot_swap and made_up change the rows")
     if context.task != "command" and (config.slot_swap or config.made_up):
         found.append("slot_swap and made_up are for commands: leave them out")
-    base = _base_spec(ckpt, context)
-    spec = decoder_student_spec(base, config.layers, config.student)
-    found += init_reasons(config, base, spec)
     if not terms_of(config).asks:
         return found
     teacher = teacher_of(config, context)
@@ -111,16 +122,17 @@ def run(
 ) -> Mapping[str, float]:
     """As `ModelMethod.run`."""
     job = _job(config, ckpt, context)
-    hold_zeros(config, ckpt, job.model)
-    effect = _learn(config, job, folder / WORK, context) if config.epochs else {}
+    effect = learn(config, job, ckpt, folder / WORK, context) if config.epochs else {}
     job.finish()
     job.save(folder, ckpt, ckpt.manifest.model_copy(update={"task": context.task}))
     return effect
 
 
-def _learn(
-    config: DistillConfig, job: DecoderJob, work: Path, context: StepContext
+def learn(
+    config: TeachingConfig, job: DecoderJob, ckpt: Checkpoint, work: Path, context: StepContext
 ) -> dict[str, float]:
+    """Train the job's model in place, on the rows and by the teacher; `work` is for a resume."""
+    hold_zeros(config, ckpt, job.model)
     trainee: nn.Module = job.trainee
     job.trainee.smoothing = config.label_smoothing
     if terms_of(config).asks:
@@ -142,7 +154,7 @@ def _learn(
     }
 
 
-def _pupil(config: DistillConfig, job: DecoderJob, context: StepContext) -> DecoderPupil:
+def _pupil(config: TeachingConfig, job: DecoderJob, context: StepContext) -> DecoderPupil:
     source = teacher_of(config, context)
     theirs = decoder_spec_of(source)
     longest = int(job.train.lengths.max()) - 1
@@ -161,13 +173,25 @@ def _pupil(config: DistillConfig, job: DecoderJob, context: StepContext) -> Deco
 
 
 def _job(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> DecoderJob:
-    """The student with its rows.
+    """The student with its rows."""
+    job = decoder_job(config, ckpt, context)
+    base = job.model
+    spec = decoder_student_spec(base.spec, config.layers, config.student)
+    kept = kept_of(config, base.spec, spec)
+    student = make_student(base, spec, kept, init_of(config), context.seed)
+    if config.dropout:
+        set_dropout(student, config.dropout)
+    return replace(job, source=replace(job.source, model=student))
+
+
+def decoder_job(config: TeachingConfig, ckpt: Checkpoint, context: StepContext) -> DecoderJob:
+    """The checkpoint's decoder, with tokens for the task, and the plan's rows.
 
     Raises:
         CheckpointError: a weight of the checkpoint holds NaN or infinity.
     """
     if context.task is None or context.data is None:
-        raise CheckpointError(f"{ckpt.path}: distilling needs rows of the task")
+        raise CheckpointError(f"{ckpt.path}: learning needs rows of the task")
     settings = task_config(
         context.task,
         context.data,
@@ -179,12 +203,6 @@ def _job(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> Decod
     rows: Any = context.rows
     prepare: Any = _PREPARE[context.task]
     job: DecoderJob = prepare(ckpt, settings, rows, context.reporter)
-    base = job.model
-    for name, value in base.state_dict().items():
+    for name, value in job.model.state_dict().items():
         check_finite(ckpt, stored_name(ckpt, name), value)
-    spec = decoder_student_spec(base.spec, config.layers, config.student)
-    kept = kept_of(config, base.spec, spec)
-    student = make_student(base, spec, kept, init_of(config), context.seed)
-    if config.dropout:
-        set_dropout(student, config.dropout)
-    return replace(job, source=replace(job.source, model=student))
+    return job
