@@ -40,17 +40,14 @@ def one(
         return s * (min(max(w / s + moved + z, low), high) - z)
 
     clipped = not low <= q + z <= high
-    if clipped:
-        of_weight = float(bug == "through_clipping")
-    else:  # inside, away from the ends: the clamp must not meet the difference
-        of_weight = 1.0
+    of_weight = float(bug == "through_clipping") if clipped else 1.0
     if clipped and bug == "no_slope_of_clipped":
         return value(w, s), of_weight, 0.0
     if bug == "scale_as_value":
         return value(w, s), of_weight, value(w, s)
     if clipped:
         of_scale = (value(w, s * (1 + _STEP)) - value(w, s * (1 - _STEP))) / (2 * _STEP)
-    else:
+    else:  # at an end the clamp must not meet the difference
         free = [t * (w / t + moved) for t in (s * (1 + _STEP), s * (1 - _STEP))]
         of_scale = (free[0] - free[1]) / (2 * _STEP)
     return value(w, s), of_weight, of_scale

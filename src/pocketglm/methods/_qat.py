@@ -228,7 +228,7 @@ def bytes_needed(config: QatConfig, parameters: int, adapted: int) -> int:
     """Bytes that training holds at most. parameters: of the model; adapted: of its adapters."""
     # Weights, gradients, two moments and the best weights in float32; what is rounded, and where it
     # was clipped; the teacher. With adapters the first four are theirs alone.
-    whole, frozen, each = 30, 14, 20
+    whole, frozen, each = 30, 18, 20
     held = frozen * parameters + each * adapted if config.lora else whole * parameters
     return held + (1 << 30)  # activations, rows, what the allocator keeps
 

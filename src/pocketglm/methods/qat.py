@@ -34,6 +34,7 @@ from pocketglm.methods._qat import (
     adapted_weights,
     by_row,
     bytes_needed,
+    in_block,
     rank_reason,
     rounding_by_weight,
     schemes_by_weight,
@@ -42,7 +43,7 @@ from pocketglm.methods._qat import (
 )
 from pocketglm.methods._static import predicted
 from pocketglm.methods._weights import weight_reasons
-from pocketglm.model.hf import decoder_spec_of, is_decoder, labels_of, spec_of
+from pocketglm.model.hf import decoder_spec_of, is_decoder, labels_of, spec_of, stored_name
 from pocketglm.ops.stored import parameter_counts
 from pocketglm.text.frame import mark_names
 from pocketglm.train._decoder_job import set_dropout
@@ -170,12 +171,17 @@ def _run_decoder(
     job = _distill_decoder.decoder_job(config, ckpt, context)
     if config.dropout:
         set_dropout(job.model, config.dropout)
+    rounding = rounding_by_weight(config, ckpt, job.model)
+    if config.lora:  # what does not learn stays in the type in which it is stored
+        for name, weight in job.model.named_parameters():
+            if in_block(name) and stored_name(ckpt, name) in rounding.schemes:
+                weight.data = weight.data.to(job.source.dtype)
     return train_rounded(
         config,
         ckpt,
         folder,
         job.model,
-        rounding_by_weight(config, ckpt, job.model),
+        rounding,
         lambda: _distill_decoder.learn(config, job, ckpt, folder / WORK, context),
         context,
     )

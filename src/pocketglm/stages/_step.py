@@ -265,7 +265,7 @@ def upstream_config(ckpt: Checkpoint, manifest: Manifest) -> dict[str, Any]:
         return config | pocketglm_fields(model_spec_of(ckpt))
     if not manifest.schemes:
         return config
-    # A step that wrote the whole model is asked about its own tensors: packed ones have other names.
+    # Of a step that wrote the whole model these are its own tensors: packed ones have other names.
     names = [name.removesuffix("_packed") for name in ckpt.tensors]
     return config | {"quantization_config": quantization_config(manifest.schemes, names)}
 
