@@ -38,10 +38,11 @@ from pocketglm.runtimes import open_decoder
 from pocketglm.stages.compress import compress
 from pocketglm.stages.export import export
 from pocketglm.stages.plan import Plan
+from pocketglm.text.tokenizer import Tokenizer
 from pocketglm.train.finetune import finetune, task_config
 
 QUICK: dict[str, Any] = {
-    "epochs": 3, "batch_size": 8, "learning_rate": 2e-3, "precision": "fp32", "patience": 9,
+    "epochs": 3, "batch_size": 8, "learning_rate": 5e-4, "precision": "fp32", "patience": 9,
     "max_length": 16,
 }  # fmt: skip
 
@@ -202,8 +203,9 @@ def test_the_score_in_training_is_that_of_the_files(
 ) -> None:
     """And better than round to nearest; fixed scales stay, learned ones move."""
     words = Words()
-    rounded = run(trained, tmp_path / "r", texts, epochs=0, group_size=32)
-    settings = {**QUICK, "preset": "qad", "group_size": 32, **how}
+    own = {"embeddings": 4, "group_size": 32}
+    rounded = run(trained, tmp_path / "r", texts, epochs=0, **own)
+    settings = {**QUICK, "preset": "qad", "max_length": None, **own, **how}
     after = run(trained, tmp_path / "q", texts, words=words, **settings)
     assert effect(after)["validation_nll"] < effect(rounded)["validation_nll"]
     best = max(float(m[1]) for w in words.said if (m := re.search(r"validation (-[\d.]+)", w)))
@@ -215,8 +217,9 @@ def test_the_score_in_training_is_that_of_the_files(
 
 
 def test_the_teacher_is_followed(trained: Path, texts: DataOptions, tmp_path: Path) -> None:
-    """KL from the float model: less than that of round to nearest by far."""
-    ids = torch.randint(6, 90, (4, 12), generator=torch.Generator().manual_seed(0))
+    """KL from the float model on held-out text: less than that of round to nearest by far."""
+    row = Tokenizer.load(trained).encode_prompt("the light of a door in my room was on at noon")
+    ids = torch.tensor(row)[None]
 
     def distance(ckpt: Checkpoint) -> float:
         with torch.inference_mode():

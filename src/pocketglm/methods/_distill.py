@@ -23,7 +23,7 @@ from pocketglm.train._taps import Features
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "soft": {"alpha": 0.7, "temperature": 4.0, "features": "none"},
     "features": {"alpha": 0.7, "temperature": 6.0, "features": "hidden"},
-    "qad": {"alpha": 1.0, "temperature": 1.0, "features": "none"},
+    "qad": {"alpha": 0.5, "temperature": 1.0, "features": "none"},
 }
 _SHOWN = 5  # names in a message
 
