@@ -110,7 +110,7 @@ def test_no_steps_with_dynamic_inputs_give_the_bytes_of_quantize_rtn(
 def test_other_forms_are_those_of_quantize_rtn(
     settings: dict[str, Any], source: Path, data: DataOptions, tmp_path: Path
 ) -> None:
-    """INT4, and inputs by block: without steps its bytes; trained, better, with a runtime's file."""
+    """INT4, and inputs by block: without steps its bytes; trained, better, and exported."""
     ours = run("qat", source, tmp_path / "q", data, epochs=0, **settings)
     theirs = run("quantize_rtn", source, tmp_path / "r", data, **settings)
     assert same(ours, theirs)

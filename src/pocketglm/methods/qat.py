@@ -8,8 +8,8 @@ result is, byte for byte, that of post-training quantization: `quantize_static` 
 by row, `quantize_rtn` of all else.
 
 The labels teach (alpha 0), or a float teacher too: the plan's input or any folder, as in `distill`;
-of decoders usually both (`preset: qad`). The model has to be trained for its task before; a tenth of
-its learning rate is usual.
+of decoders usually both (`preset: qad`). The model has to be trained for its task before; a tenth
+of its learning rate is usual.
 
 With adapters (`lora`) the weights stay as they are: w + (alpha / rank) B A is what is rounded, and
 only A and B have gradients and an optimizer's moments. LLM-QAT: https://arxiv.org/abs/2305.17888;
