@@ -41,7 +41,10 @@ QUICK: dict[str, dict[str, Any]] = {
     "distill": {"layers": 1, "features": "hidden", "epochs": 2},
     "tiny": {"share": 2, "top_k": 4, "epochs": 2},
 }
-BY_KIND: dict[tuple[str, str], dict[str, Any]] = {("distill", "encoder"): {"augment": 1}}
+BY_KIND: dict[tuple[str, str], dict[str, Any]] = {
+    ("distill", "encoder"): {"augment": 1},
+    ("qat", "decoder"): {"preset": "qad", "lora": 2, "scales": "learned", "embeddings": 8},
+}
 # Methods whose result's size only the work itself can tell; what they claim before is the most.
 MEASURED = {"mixed_precision"}
 WORDS = ["abc", "bcd", "cab", "dab", "fig", "hij"]

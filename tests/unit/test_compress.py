@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chat_decoder import edit, save_chat_decoder
+from text_data import save_texts
 from tiny_bert import save_tiny_bert
 from tiny_encoder import save_tiny
 
 from pocketglm.artifacts import safetensors
 from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.artifacts.manifest import MANIFEST
 from pocketglm.artifacts.schemas import CompressResult
 from pocketglm.contracts import DataOptions
 from pocketglm.errors import (
@@ -99,12 +102,24 @@ def few_rows(tmp_path_factory: pytest.TempPathFactory) -> DataOptions:
     return DataOptions(folder)
 
 
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GLM for texts."""
+    path = save_chat_decoder(tmp_path_factory.mktemp("plans") / "decoder")
+    edit(path / "config.json", eos_token_id=5)
+    edit(path / MANIFEST, task="lm")
+    return path
+
+
 @pytest.mark.parametrize("plan", [p for p in PLANS if p.stem not in DECODERS], ids=lambda p: p.stem)
 def test_every_plan_file_runs(
-    plan: Path, six_layers: Path, few_rows: DataOptions, tmp_path: Path
+    plan: Path, six_layers: Path, few_rows: DataOptions, decoder: Path, tmp_path: Path
 ) -> None:
     """On a model and rows that are small enough to try; exported, too."""
-    result = compress(six_layers, Plan.from_file(plan), tmp_path / "out", data=few_rows)
+    model, rows = six_layers, few_rows
+    if "decoder" in plan.stem:
+        model, rows = decoder, DataOptions(save_texts(tmp_path / "texts"))
+    result = compress(model, Plan.from_file(plan), tmp_path / "out", data=rows)
     assert result.bytes_after < 0.45 * result.bytes_before
     (exported,) = export(tmp_path / "out", ["onnx"], tmp_path / "exported").targets
     assert exported.ok, exported.error

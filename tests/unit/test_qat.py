@@ -23,7 +23,8 @@ from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import DataOptions, EncoderSession, ExportOptions, RunOptions
 from pocketglm.errors import UnsupportedError
 from pocketglm.ops.affine import quantize
-from pocketglm.ops.fake_quant import FakeWeight, fake_quant_dynamic
+from pocketglm.ops.fake_quant import fake_quant_dynamic
+from pocketglm.ops.fake_weight import FakeWeight
 from pocketglm.ops.stored import read_weight
 from pocketglm.runtimes import open_encoder
 from pocketglm.stages.compress import compress
@@ -103,6 +104,23 @@ def test_no_steps_with_dynamic_inputs_give_the_bytes_of_quantize_rtn(
     theirs = run("quantize_rtn", source, tmp_path / "r", data, bits=8, **both)
     assert same(ours, theirs)
     assert ours.manifest.schemes == theirs.manifest.schemes
+
+
+@pytest.mark.parametrize("settings", [{"bits": 4, "embeddings": 8}, {"group_size": 32, "head": 8}])
+def test_other_forms_are_those_of_quantize_rtn(
+    settings: dict[str, Any], source: Path, data: DataOptions, tmp_path: Path
+) -> None:
+    """INT4, and inputs by block: without steps its bytes; trained, better, and exported."""
+    ours = run("qat", source, tmp_path / "q", data, epochs=0, **settings)
+    theirs = run("quantize_rtn", source, tmp_path / "r", data, **settings)
+    assert same(ours, theirs)
+    assert ours.manifest.schemes == theirs.manifest.schemes
+    more = {**QUICK, "scales": "learned", "epochs": 12, "patience": 12}
+    after = run("qat", source, tmp_path / "l", data, **more, **settings)
+    scores = [c.manifest.lineage[-1].effect["validation_accuracy"] for c in (ours, after)]
+    assert scores[1] > max(scores[0], 0.7)
+    (result,) = export(after.path, ["onnx"], tmp_path / "out", options=ExportOptions()).targets
+    assert result.ok, result.error
 
 
 @pytest.mark.parametrize("activation", ["static", "dynamic_tensor"])
@@ -226,8 +244,16 @@ def test_refused_before_any_work(source: Path, data: DataOptions, tmp_path: Path
     quantize_weights(integers, {"query.weight": TensorScheme(bits=8)})
     with pytest.raises(UnsupportedError, match="already quantized"):
         run("qat", integers, tmp_path / "out", data)
-    with pytest.raises(UnsupportedError, match="layers to quantize"):
-        run("qat", source, tmp_path / "out", data, float_layers=99)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"float_layers": 99}, "layers to quantize"),
+        ({"head": 4}, "the head is 8 bits or float"),
+        ({"bits": 4, "activation": "static"}, "static inputs are for encoders in INT8 by row"),
+        ({"bits": 4, "smoothquant": 0.5}, "need inputs that are looked at"),
+        ({"bits": 4, "max_length": 9}, "are for decoders: leave them out"),
+    ]
+    for settings, reason in refused:
+        with pytest.raises(UnsupportedError, match=reason):
+            run("qat", source, tmp_path / "out", data, **settings)
     assert not (tmp_path / "out").exists()
 
 

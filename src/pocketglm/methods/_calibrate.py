@@ -47,8 +47,8 @@ _SPARE = 128 << 20  # histograms, rows, what the allocator keeps
 _MEASURED = 128  # rows with which changes of the output are measured
 
 
-class StaticConfig(Config):
-    """Settings of static INT8; `docs/extensions.md` is generated from the descriptions."""
+class CalibratedConfig(Config):
+    """Settings of INT8 layers whose inputs are looked at."""
 
     calibrator: Calibrator = Field(
         "mse", description="what chooses the inputs' ranges: minmax, percentile, entropy (KL), mse"
@@ -61,8 +61,8 @@ class StaticConfig(Config):
     embeddings: Literal[4, 8] | None = Field(
         None, description="bits of the token embedding; None = float"
     )
-    head: Literal[8] | None = Field(
-        None, description="8: classifier and pooler become static INT8 too; None = float"
+    head: Literal[4, 8] | None = Field(
+        None, description="bits of classifier, pooler or lm_head; None = float"
     )
     rows: int = Field(512, ge=1, description="training rows to calibrate with, drawn by the seed")
     smoothquant: float | None = Field(
@@ -90,7 +90,15 @@ class StaticConfig(Config):
         return math.ceil(self.float_layers * units) if share else int(self.float_layers)
 
 
-def static_reasons(config: StaticConfig, ckpt: Checkpoint, context: StepContext) -> list[str]:
+class StaticConfig(CalibratedConfig):
+    """Settings of static INT8; `docs/extensions.md` is generated from the descriptions."""
+
+    head: Literal[8] | None = Field(
+        None, description="8: classifier and pooler become static INT8 too; None = float"
+    )
+
+
+def static_reasons(config: CalibratedConfig, ckpt: Checkpoint, context: StepContext) -> list[str]:
     if is_decoder(ckpt):
         return ["it is a decoder: static inputs are for encoders; use quantize_rtn"]
     if ckpt.manifest.schemes or "quantization_config" in ckpt.config:
@@ -118,7 +126,7 @@ def static_reasons(config: StaticConfig, ckpt: Checkpoint, context: StepContext)
     return reasons
 
 
-def static_bytes(config: StaticConfig, ckpt: Checkpoint, context: StepContext) -> int:
+def static_bytes(config: CalibratedConfig, ckpt: Checkpoint, context: StepContext) -> int:
     """Bytes that calibration holds: the float model, its weights rounded, one of them in work, and
     what a batch of the longest rows computes.
     """
@@ -127,17 +135,17 @@ def static_bytes(config: StaticConfig, ckpt: Checkpoint, context: StepContext) -
     return _BYTES * sum(parameter_counts(ckpt).values()) + 4 * batch + _SPARE
 
 
-def layers_of(config: StaticConfig, ckpt: Checkpoint) -> dict[str, str]:
+def layers_of(config: CalibratedConfig, ckpt: Checkpoint) -> dict[str, str]:
     return static_layers(ckpt, head=config.head is not None, skip=config.skip)
 
 
-def scheme_of(config: StaticConfig, activation: Activation) -> TensorScheme:
+def scheme_of(config: CalibratedConfig, activation: Activation) -> TensorScheme:
     """Of the linear layers."""
     return TensorScheme(bits=8, symmetric=config.symmetric, activation=activation)
 
 
 def schemes_of(
-    config: StaticConfig, ckpt: Checkpoint, weights: Iterable[str], activation: Activation
+    config: CalibratedConfig, ckpt: Checkpoint, weights: Iterable[str], activation: Activation
 ) -> dict[str, TensorScheme]:
     """Schemes of these layers' weights, and of the embedding, in file order."""
     schemes = dict.fromkeys(weights, scheme_of(config, activation))
@@ -152,7 +160,7 @@ def schemes_of(
 
 
 def static_headers(
-    config: StaticConfig, ckpt: Checkpoint, activation: Activation = "static"
+    config: CalibratedConfig, ckpt: Checkpoint, activation: Activation = "static"
 ) -> Checkpoint:
     """Which layers stay float is measured; here it is the largest, so the size is the most."""
     layers = layers_of(config, ckpt)
@@ -190,7 +198,10 @@ class Prepared:
 
 
 def prepare(
-    config: StaticConfig, ckpt: Checkpoint, context: StepContext, activation: Activation = "static"
+    config: CalibratedConfig,
+    ckpt: Checkpoint,
+    context: StepContext,
+    activation: Activation = "static",
 ) -> Prepared:
     """Smooth, calibrate, and leave out the layers that are to stay float."""
     model, rows = load_encoder(ckpt), _rows(config, ckpt, context)
@@ -227,14 +238,14 @@ def prepare(
     return Prepared(model, rows, layers, grids, moved, sample, wanted, scheme)
 
 
-def _rows(config: StaticConfig, ckpt: Checkpoint, context: StepContext) -> SampleRows:
+def _rows(config: CalibratedConfig, ckpt: Checkpoint, context: StepContext) -> SampleRows:
     texts = [row.text for row in context.rows.train] if context.rows else []
     tokenizer = Tokenizer.load(ckpt.path)
     return SampleRows.draw(texts, config.rows, context.seed, tokenizer, max_length_of(ckpt))
 
 
 def _grids(
-    config: StaticConfig,
+    config: CalibratedConfig,
     model: Encoder,
     units: Mapping[str, Sequence[str]],
     rows: SampleRows,
@@ -254,7 +265,7 @@ def _grids(
 
 
 def _sensitivity(
-    config: StaticConfig,
+    config: CalibratedConfig,
     model: Encoder,
     units: Mapping[str, Sequence[str]],
     grids: Mapping[str, InputGrid] | None,

@@ -23,6 +23,7 @@ from pocketglm.train._taps import Features
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "soft": {"alpha": 0.7, "temperature": 4.0, "features": "none"},
     "features": {"alpha": 0.7, "temperature": 6.0, "features": "hidden"},
+    "qad": {"alpha": 0.5, "temperature": 1.0, "features": "none"},
 }
 _SHOWN = 5  # names in a message
 
@@ -85,6 +86,15 @@ class TeachingConfig(StepTraining):
         description="weights that are 0 stay 0; None = if the checkpoint was pruned by "
         "prune_unstructured before",
     )
+    max_length: int | None = Field(
+        None, ge=3, description="decoders: tokens of a row; None = as `pocketglm train`"
+    )
+    slot_swap: float = Field(
+        0.0, ge=0, le=1, description="commands: share of the rows that get other slot values"
+    )
+    made_up: float = Field(
+        0.0, ge=0, le=1, description="commands: share of the slot values that become made-up words"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -96,21 +106,7 @@ class TeachingConfig(StepTraining):
         return {**preset, **values} if preset else values
 
 
-class RowsConfig(TeachingConfig):
-    """What may be done to a decoder's rows."""
-
-    max_length: int | None = Field(
-        None, ge=3, description="decoders: tokens of a row; None = as `pocketglm train`"
-    )
-    slot_swap: float = Field(
-        0.0, ge=0, le=1, description="commands: share of the rows that get other slot values"
-    )
-    made_up: float = Field(
-        0.0, ge=0, le=1, description="commands: share of the slot values that become made-up words"
-    )
-
-
-class DistillConfig(RowsConfig):
+class DistillConfig(TeachingConfig):
     """Settings; `docs/extensions.md` is generated from the descriptions."""
 
     layers: int | list[int] | None = Field(
@@ -171,12 +167,17 @@ def terms_of(
     )
 
 
+def keeps_zeros(config: TeachingConfig, ckpt: Checkpoint) -> bool:
+    """Whether weights that are 0 stay 0."""
+    pruned = any(step.method == "prune_unstructured" for step in ckpt.manifest.lineage)
+    return pruned if config.keep_zeros is None else config.keep_zeros
+
+
 def hold_zeros(config: TeachingConfig, ckpt: Checkpoint, model: nn.Module) -> None:
     """Let no gradient reach weights of `model` that are 0, if the settings say so: a weight whose
     gradient was always 0 is not moved by AdamW, whose decay multiplies.
     """
-    pruned = any(step.method == "prune_unstructured" for step in ckpt.manifest.lineage)
-    if not (pruned if config.keep_zeros is None else config.keep_zeros):
+    if not keeps_zeros(config, ckpt):
         return
     for parameter in model.parameters():
         if parameter.ndim == 2 and (kept := parameter != 0).logical_not().any():

@@ -15,7 +15,7 @@ from pocketglm.data.frames import grammar_of
 from pocketglm.errors import CheckpointError, UsageError
 from pocketglm.methods._distill import (
     DistillConfig,
-    RowsConfig,
+    TeachingConfig,
     hold_zeros,
     init_of,
     init_reasons,
@@ -61,7 +61,7 @@ def reasons(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> li
         return why
     base = base_spec(ckpt, context)
     spec = decoder_student_spec(base, config.layers, config.student)
-    return init_reasons(config, base, spec) + teaching_reasons(config, ckpt, spec, context)
+    return init_reasons(config, base, spec) + teaching_reasons(config, spec, ckpt, context)
 
 
 def task_reason(context: StepContext) -> list[str]:
@@ -72,9 +72,13 @@ def task_reason(context: StepContext) -> list[str]:
 
 
 def teaching_reasons(
-    config: RowsConfig, ckpt: Checkpoint, spec: DecoderSpec, context: StepContext
+    config: TeachingConfig, spec: DecoderSpec, ckpt: Checkpoint, context: StepContext
 ) -> list[str]:
-    """Why a student of this spec cannot learn so."""
+    """Why a student `spec`, made from `ckpt`, cannot learn so.
+
+    Raises:
+        InputError: the teacher's folder cannot be opened.
+    """
     found = []
     if config.features == "relations":
         found.append("features: relations are for encoders: set hidden or none")
@@ -136,28 +140,33 @@ def run(
         kept = kept_of(config, base.spec, spec)
         return make_student(base, spec, kept, init_of(config), context.seed)
 
-    return learn(config, ckpt, folder, context, student)
+    return teach(config, ckpt, folder, context, student)
 
 
-def learn(
-    config: RowsConfig,
+def teach(
+    config: TeachingConfig,
     ckpt: Checkpoint,
     folder: Path,
     context: StepContext,
-    student: Callable[[Decoder], Decoder],
+    make: Callable[[Decoder], Decoder],
 ) -> Mapping[str, float]:
-    """Train what `student` makes of the checkpoint's model, and write it."""
-    job = _job(config, ckpt, context, student)
-    hold_zeros(config, ckpt, job.model)
-    effect = _learn(config, job, folder / WORK, context) if config.epochs else {}
+    """Train what `make` makes of the checkpoint's model, and write it."""
+    job = decoder_job(config, ckpt, context)
+    student = make(job.model)
+    if config.dropout:
+        set_dropout(student, config.dropout)
+    job = replace(job, source=replace(job.source, model=student))
+    effect = learn(config, job, ckpt, folder / WORK, context) if config.epochs else {}
     job.finish()
     job.save(folder, ckpt, ckpt.manifest.model_copy(update={"task": context.task}))
     return effect
 
 
-def _learn(
-    config: RowsConfig, job: DecoderJob, work: Path, context: StepContext
+def learn(
+    config: TeachingConfig, job: DecoderJob, ckpt: Checkpoint, work: Path, context: StepContext
 ) -> dict[str, float]:
+    """Train the job's model in place, on the rows and by the teacher; `work` is for a resume."""
+    hold_zeros(config, ckpt, job.model)
     trainee: nn.Module = job.trainee
     job.trainee.smoothing = config.label_smoothing
     if terms_of(config).asks:
@@ -179,7 +188,7 @@ def _learn(
     }
 
 
-def _pupil(config: RowsConfig, job: DecoderJob, context: StepContext) -> DecoderPupil:
+def _pupil(config: TeachingConfig, job: DecoderJob, context: StepContext) -> DecoderPupil:
     source = teacher_of(config, context)
     theirs = decoder_spec_of(source)
     longest = int(job.train.lengths.max()) - 1
@@ -197,19 +206,14 @@ def _pupil(config: RowsConfig, job: DecoderJob, context: StepContext) -> Decoder
     return DecoderPupil(job.model, teacher, terms, shared, context.seed)
 
 
-def _job(
-    config: RowsConfig,
-    ckpt: Checkpoint,
-    context: StepContext,
-    make: Callable[[Decoder], Decoder],
-) -> DecoderJob:
-    """The student with its rows.
+def decoder_job(config: TeachingConfig, ckpt: Checkpoint, context: StepContext) -> DecoderJob:
+    """The checkpoint's decoder, with tokens for the task, and the plan's rows.
 
     Raises:
         CheckpointError: a weight of the checkpoint holds NaN or infinity.
     """
     if context.task is None or context.data is None:
-        raise CheckpointError(f"{ckpt.path}: distilling needs rows of the task")
+        raise CheckpointError(f"{ckpt.path}: learning needs rows of the task")
     settings = task_config(
         context.task,
         context.data,
@@ -221,10 +225,6 @@ def _job(
     rows: Any = context.rows
     prepare: Any = _PREPARE[context.task]
     job: DecoderJob = prepare(ckpt, settings, rows, context.reporter)
-    base = job.model
-    for name, value in base.state_dict().items():
+    for name, value in job.model.state_dict().items():
         check_finite(ckpt, stored_name(ckpt, name), value)
-    student = make(base)
-    if config.dropout:
-        set_dropout(student, config.dropout)
-    return replace(job, source=replace(job.source, model=student))
+    return job

@@ -56,8 +56,6 @@ def reasons(config: DistillConfig, ckpt: Checkpoint, context: StepContext) -> li
     """
     if context.task != "intent":
         return [f"an encoder is distilled for intent, the task is {context.task}"]
-    if config.slot_swap or config.made_up or config.max_length:
-        return ["slot_swap, made_up and max_length are for decoders: leave them out"]
     base = _base_spec(ckpt, context)
     spec = student_spec(base, config.layers, config.student)
     return init_reasons(config, base, spec) + teaching_reasons(config, spec, ckpt, context)
@@ -71,6 +69,8 @@ def teaching_reasons(
     Raises:
         InputError: the teacher's folder cannot be opened.
     """
+    if config.slot_swap or config.made_up or config.max_length:
+        return ["slot_swap, made_up and max_length are for decoders: leave them out"]
     if found := corpus_reasons(config):
         return found
     if not terms_of(config).asks:

@@ -22,7 +22,7 @@ from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.contracts import ModelMethod, StepContext
 from pocketglm.errors import InputError
 from pocketglm.methods import _distill_decoder as healing
-from pocketglm.methods._distill import RowsConfig
+from pocketglm.methods._distill import TeachingConfig
 from pocketglm.methods._prune import headers, load, save
 from pocketglm.methods._tiny import (
     Source,
@@ -41,7 +41,7 @@ _REMOVES = 0.4
 _TRAINING, _SPARE = 24, 1 << 30  # bytes a parameter, and more, while it heals
 
 
-class TinyConfig(RowsConfig):
+class TinyConfig(TeachingConfig):
     """Settings; `docs/extensions.md` is generated from the descriptions."""
 
     removes: float | None = Field(
@@ -128,7 +128,7 @@ def _healing_reasons(
     config: TinyConfig, ckpt: Checkpoint, after: DecoderSpec, context: StepContext
 ) -> list[str]:
     try:
-        return healing.teaching_reasons(config, ckpt, after, context)
+        return healing.teaching_reasons(config, after, ckpt, context)
     except InputError as error:
         return [f"{error.message}: {error.hint}" if error.hint else error.message]
 
@@ -158,7 +158,7 @@ def _run(
 
     effect: Mapping[str, float] = {}
     if config.epochs:
-        effect = healing.learn(config, ckpt, folder, context, make)
+        effect = healing.teach(config, ckpt, folder, context, make)
     else:
         save(make(cast(Decoder, load(ckpt))), ckpt, folder)
     return {

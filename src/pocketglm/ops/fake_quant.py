@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pocketglm.artifacts.scheme import TensorScheme
@@ -41,6 +42,11 @@ class InputGrid:
     def range(self) -> tuple[float, float]:
         """The least and the greatest value that is not clipped."""
         return (LOW - self.zero_point) * self.scale, (HIGH - self.zero_point) * self.scale
+
+
+# On this grid; each row on one of its own (None); each block of so many values on one of its own.
+Grid = InputGrid | int | None
+_NONE: Mapping[str, Grid] = {}
 
 
 def fake_quant_activation(
@@ -76,6 +82,20 @@ def fake_quant_dynamic(x: Tensor) -> Tensor:
     return x + (value - x.detach()) if torch.is_grad_enabled() and x.requires_grad else value
 
 
+def fake_quant_blocks(x: Tensor, size: int) -> Tensor:
+    """x [..., K] -> each block of `size` values on a symmetric grid of its own, as ONNX Runtime's
+    MatMulNBits of accuracy level 4 rounds its input; the last block may be shorter.
+
+    The range holds every value of the block in 127 steps each way; so nothing is clipped, and the
+    gradient passes everywhere.
+    """
+    plain = x.detach().float()
+    blocks = F.pad(plain, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+    scale = (blocks.abs().amax(-1, keepdim=True) / HIGH).clamp_(min=torch.finfo(torch.float32).tiny)
+    value = ((blocks / scale).round_() * scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+    return x + (value - x.detach()) if torch.is_grad_enabled() and x.requires_grad else value
+
+
 def fake_quant_weight(
     weight: Tensor,
     scheme: TensorScheme,
@@ -92,14 +112,22 @@ def fake_quant_weight(
     plain = weight.detach()
     if scales is None:
         scales, zero_points = choose_scales(plain, scheme, search=search)
-    q = to_integers(plain, scales, zero_points, scheme)
+    value, inside = rounded_weight(plain, scheme, scales, zero_points)
+    return _straight_through(weight, value.to(weight.dtype), inside)
+
+
+def rounded_weight(
+    weight: Tensor, scheme: TensorScheme, scales: Tensor, zero_points: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the integers of weight [N, K] stand for, float32, and which of its values are not
+    clipped, bool."""
+    q = to_integers(weight, scales, zero_points, scheme)
     value = dequantize(q, scales, zero_points, scheme)
     # A value that rounds to the last integer is not clipped unless it lies beyond half a step.
     reach = scales.repeat_interleave(weight.shape[1] // scales.shape[1], dim=1)
     low, high = limits(scheme)
     at_end = (q == low) | (q == high)
-    inside = ~at_end | ((plain - value).abs() <= reach / 2)
-    return _straight_through(weight, value.to(weight.dtype), inside)
+    return value, ~at_end | ((weight - value).abs() <= reach / 2)
 
 
 def _straight_through(x: Tensor, value: Tensor, inside: Tensor) -> Tensor:
@@ -123,13 +151,19 @@ class _StraightThrough(torch.autograd.Function):
 
 
 @contextmanager
-def quantized_inputs(model: nn.Module, grids: Mapping[str, InputGrid | None]) -> Iterator[None]:
-    """Meanwhile the modules named in `grids` see their first argument [B, ...] fake-quantized, on
-    the grid or (None) each row on its own.
+def quantized_inputs(
+    model: nn.Module, grids: Mapping[str, Grid], outputs: Mapping[str, Grid] = _NONE
+) -> Iterator[None]:
+    """Meanwhile the modules named in `grids` see their first argument [B, ...] fake-quantized; what
+    those named in `outputs` give is, too.
     """
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(partial(_quantize_input, grid))
+        model.get_submodule(name).register_forward_pre_hook(partial(_round_input, grid))
         for name, grid in grids.items()
+    ]
+    handles += [
+        model.get_submodule(name).register_forward_hook(partial(_round_output, grid))
+        for name, grid in outputs.items()
     ]
     try:
         yield
@@ -138,28 +172,17 @@ def quantized_inputs(model: nn.Module, grids: Mapping[str, InputGrid | None]) ->
             handle.remove()
 
 
-def _quantize_input(
-    grid: InputGrid | None, _: nn.Module, args: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
+def _rounded(x: Tensor, grid: Grid) -> Tensor:
     if grid is None:
-        return fake_quant_dynamic(args[0]), *args[1:]
-    return fake_quant_activation(args[0], grid.scale, grid.zero_point), *args[1:]
+        return fake_quant_dynamic(x)
+    if isinstance(grid, int):
+        return fake_quant_blocks(x, grid)
+    return fake_quant_activation(x, grid.scale, grid.zero_point)
 
 
-class FakeWeight(nn.Module):
-    """A parametrization (torch.nn.utils.parametrize) by which a layer computes with the weight that
-    will be stored, while the float one learns. scales, zero points: fixed, the packer's choice.
-    """
+def _round_input(grid: Grid, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return _rounded(args[0], grid), *args[1:]
 
-    def __init__(
-        self, scheme: TensorScheme, scales: Tensor, zero_points: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        self.scheme = scheme
-        self.register_buffer("scales", scales, persistent=False)
-        self.register_buffer("zero_points", zero_points, persistent=False)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """[N, K] -> [N, K]."""
-        scales, zeros = (cast(Any, self).scales, cast(Any, self).zero_points)
-        return fake_quant_weight(weight, self.scheme, scales, zeros)
+def _round_output(grid: Grid, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return _rounded(output, grid)

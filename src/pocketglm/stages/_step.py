@@ -260,7 +260,9 @@ def upstream_config(ckpt: Checkpoint, manifest: Manifest) -> dict[str, Any]:
         return config | pocketglm_fields(model_spec_of(ckpt))
     if not manifest.schemes:
         return config
-    return config | {"quantization_config": quantization_config(manifest.schemes, ckpt.tensors)}
+    # Of a step that wrote the whole model these are its own tensors: packed ones have other names.
+    names = [name.removesuffix("_packed") for name in ckpt.tensors]
+    return config | {"quantization_config": quantization_config(manifest.schemes, names)}
 
 
 def stored_bytes(ckpt: Checkpoint) -> int:

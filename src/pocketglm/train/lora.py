@@ -48,12 +48,11 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, seed: list[int]) -> None:
         super().__init__()
-        rows, columns = base.weight.shape
-        random = np.random.default_rng(seed).standard_normal((rank, columns), np.float32)
+        down, up = _factors(base.weight, rank, seed)
         self.weight = base.weight.requires_grad_(False)
         self.bias = None if base.bias is None else base.bias.requires_grad_(False)
-        self.down: nn.Parameter | None = nn.Parameter(torch.from_numpy(random / math.sqrt(columns)))
-        self.up: nn.Parameter | None = nn.Parameter(torch.zeros(rows, rank))
+        self.down: nn.Parameter | None = down
+        self.up: nn.Parameter | None = up
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,6 +71,33 @@ class LoraLinear(nn.Module):
             delta = self.scale * (self.up @ self.down)
             self.weight.copy_(self.weight.float() + delta)
         self.down = self.up = None
+
+
+class LowRank(nn.Module):
+    """A parametrization (torch.nn.utils.parametrize) that adds an adapter's product to a frozen
+    weight [N, K]: for what sees whole weights, as fake quantization does."""
+
+    def __init__(self, weight: Tensor, rank: int, scale: float, seed: list[int]) -> None:
+        super().__init__()
+        self.down, self.up = _factors(weight, rank, seed)
+        self.scale = scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """[N, K] of any float type -> float32."""
+        return torch.addmm(weight.float(), self.up, self.down, alpha=self.scale)
+
+
+def _factors(weight: Tensor, rank: int, seed: list[int]) -> tuple[nn.Parameter, nn.Parameter]:
+    """Of a product that begins as 0: [rank, K] and [N, rank]."""
+    rows, columns = weight.shape
+    random = np.random.default_rng(seed).standard_normal((rank, columns), np.float32)
+    down = nn.Parameter(torch.from_numpy(random / math.sqrt(columns)))
+    return down, nn.Parameter(torch.zeros(rows, rank))
+
+
+def adapter_seed(seed: int, name: str) -> list[int]:
+    """Of the adapter of layer `name`."""
+    return [seed, zlib.crc32(name.encode())]
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float | None, seed: int) -> None:
@@ -95,8 +121,7 @@ def add_adapters(model: nn.Module, rank: int, alpha: float | None, seed: int) ->
     scale = (2 * rank if alpha is None else alpha) / rank
     for name, layer in layers.items():
         place, _, last = name.rpartition(".")
-        seeds = [seed, zlib.crc32(name.encode())]
-        adapted = LoraLinear(layer, rank, scale, seeds)
+        adapted = LoraLinear(layer, rank, scale, adapter_seed(seed, name))
         setattr(blocks.get_submodule(place), last, adapted)
 
 
