@@ -131,6 +131,7 @@ class ModelMethod:
     `inputs`: files or folders that the settings name; their contents belong to the step's key.
     `identity`: settings with which no weight changes; None: there are none.
     `memory`: bytes that `run` holds at most beside the program; None: those of training.
+    `in_parts`: it never holds the whole model, so a large one is not scored either.
     """
 
     summary: str
@@ -142,6 +143,7 @@ class ModelMethod:
     inputs: Callable[[Any], Sequence[Path]] = lambda config: ()
     identity: Mapping[str, Any] | None = None
     memory: Callable[[Any, Checkpoint, StepContext], int] | None = None
+    in_parts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +245,8 @@ class Target:
     [B, C]: `embeddings`, `block.0`, `block.1`, ... and `head` (of a decoder [B, V]: the logits of
     each row's last token). A decoder's also gives tables of which few ids say little, in ranges of
     their rows: `rows.0:512` [rows, H] of an embedding that is not the head, and `rotary.0:4096`
-    [2, positions, dims / 2], cosines and sines.
+    [2, positions, dims / 2], cosines and sines; and before a block's values, where it keeps
+    integers in its cache, these: `cache.0` [2, B, kv heads, S, head_dim].
     """
 
     summary: str

@@ -190,7 +190,7 @@ def test_inspect_shows_what_a_decoder_needs(tmp_path: Path, capsys: Capture) -> 
     edit(folder / "pocketglm.json", command=grammar.model_dump())
     entry = export_stage.export(folder, ["onnx"], tmp_path / "e").targets[0]
     assert entry.ok, entry.error
-    for path, own in ((folder, "0.5 KiB a token in fp16"), (entry.out, "1 KiB a token in its")):
+    for path, own in ((folder, "0.5 KiB a token in fp16"), (entry.out, "1 KiB a token in float32")):
         _, shown, _ = run(capsys, "inspect", path)
         rows = {line[2:].split("  ")[0]: line.split("  ")[-1] for line in shown.splitlines()[1:]}
         assert rows["parameters"].strip() == "120,640"

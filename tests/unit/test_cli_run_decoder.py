@@ -532,7 +532,7 @@ def test_inspect_tells_a_decoders_export(world: Path, commands: Path, capsys: Ca
     assert told["command"] is None
     assert told["kv_bytes_per_token"] == 2 * 4 * 2 * 2 * 32
     words = run(capsys, world / "out/onnx", verb="inspect")[1]
-    assert "cache 1 KiB a token in its file" in words
+    assert "cache 1 KiB a token in float32" in words
     assert "of the last token" in words
     told = json.loads(run(capsys, commands, "--json", verb="inspect")[1])
     assert told["command"] == {"alarm": ["time"], "music": []}

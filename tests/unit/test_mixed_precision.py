@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from chat_decoder import edit, save_chat_decoder
 from oracles import mixed as oracle
 from pydantic import ValidationError
@@ -237,6 +238,21 @@ def test_mixed(source: Source, tmp_path: Path) -> None:
         got, expected = other.prefill(IDS[0].tolist()), expected[:, -1]
     limit = 0.5 * float(expected.std())
     assert float((torch.from_numpy(got) - expected).abs().max()) < limit
+
+
+def test_upstream_finds_packed_weights(tmp_path: Path) -> None:
+    """Their names stand in no tensor of the file, but in the schemes."""
+    folder = save_chat_decoder(tmp_path / "tiny", "llama")
+    edit(folder / "config.json", eos_token_id=5)
+    edit(folder / MANIFEST, task="lm")
+    data = DataOptions(save_texts(tmp_path / "texts"))
+    run((folder, data), tmp_path / "out", ratio=0.0, embeddings=False, head=False)
+    assert inspect_path(tmp_path / "out").opens_in["transformers"] == "yes"
+    auto: Any = transformers.AutoModelForCausalLM
+    with torch.inference_mode():
+        found = auto.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()(IDS).logits
+        wanted = load_decoder(Checkpoint.open(tmp_path / "out"))(IDS)
+    assert (found - wanted).abs().max() < 1e-4
 
 
 def test_a_budget_in_bytes(encoder: Source, tmp_path: Path) -> None:

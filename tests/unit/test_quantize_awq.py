@@ -26,8 +26,8 @@ from pocketglm.methods._awq import Fold, Search, channel_scale, fold, folds_of, 
 from pocketglm.methods._gptq import inputs_of, layer_of
 from pocketglm.model.hf import load_decoder
 from pocketglm.model.layers import Block
+from pocketglm.model.parts import Parts
 from pocketglm.runtimes import open_decoder
-from pocketglm.stages._blocks import Parts
 from pocketglm.stages.compress import compress
 from pocketglm.stages.export import export
 from pocketglm.stages.plan import Plan

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from pocketglm.artifacts.manifest import CommandGrammar, Step, digest_file
-from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.artifacts.scheme import CacheScheme, TensorScheme
 from pocketglm.contracts import Config
 from pocketglm.errors import CheckpointError
 
@@ -43,17 +43,18 @@ class FileEntry(Config):
 
 class CacheLayout(Config):
     """A decoder's cache: per layer one tensor of keys and one of values,
-    [batch, kv_heads, tokens, head_dim].
+    [batch, kv_heads, tokens, head_dim]. `scheme`: of an int8 one; its scales are in the file.
     """
 
     layers: int
     kv_heads: int
     head_dim: int
-    dtype: Literal["float32"] = "float32"
+    dtype: Literal["float32", "int8"] = "float32"
+    scheme: CacheScheme | None = None
 
     @property
     def bytes_per_token(self) -> int:
-        return 2 * 4 * self.layers * self.kv_heads * self.head_dim
+        return 2 * (1 if self.dtype == "int8" else 4) * self.layers * self.kv_heads * self.head_dim
 
 
 class ExportManifest(Config):

@@ -15,7 +15,7 @@ from pocketglm import __version__
 from pocketglm.artifacts.digests import digest_file as digest_file
 from pocketglm.artifacts.digests import digest_files as digest_files
 from pocketglm.artifacts.digests import digest_value as digest_value
-from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.artifacts.scheme import CacheScheme, TensorScheme
 from pocketglm.contracts import Config
 from pocketglm.errors import CheckpointError
 
@@ -44,6 +44,7 @@ class Manifest(Config):
 
     `origin`: licence and base model, where they are known. `command`: of a model for commands.
     `schemes` maps weight names (`....weight`) to how they are stored; absent = as they are.
+    `cache`: of a decoder whose keys and values are kept as integers; their scales are tensors.
     """
 
     format: Literal[1] = 1
@@ -54,6 +55,7 @@ class Manifest(Config):
     command: CommandGrammar | None = None
     lineage: list[Step] = []
     schemes: dict[str, TensorScheme] = {}
+    cache: CacheScheme | None = None
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -24,7 +24,8 @@ class InspectResult(Config):
     """`parts` are bytes by embedding / attention / ffn / head / other; see `opens_in`.
 
     A decoder's `head` is "lm" or "tied lm" (the head is the embedding); `kv_bytes_per_token` is
-    that of its cache: a checkpoint's in fp16, an export's as its file keeps it. `logits`: the
+    that of its cache, in the form `kv_cache`: fp16 is assumed for a checkpoint whose cache is not
+    quantized; an export's is as its file keeps it. `logits`: the
     positions that an export computes logits of. `command`: intents with their slots, of a model
     that was trained for commands. `layer_heads`, `layer_ffn`: attention heads and FFN channels of
     each layer where a pruned model's layers differ; `heads` is the greatest. `layer_ranks`: the
@@ -51,6 +52,7 @@ class InspectResult(Config):
     kv_heads: int | None = None
     head_dim: int | None = None
     kv_bytes_per_token: int | None = None
+    kv_cache: str = ""
     eos_ids: list[int] = []
     logits: Literal["last", "all"] | None = None
     command: dict[str, list[str]] | None = None

@@ -1,4 +1,4 @@
-"""How one weight is stored: the only thing that compress and export agree on."""
+"""How weights and a decoder's cache are stored: all that compress and export agree on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from pydantic import model_validator
 from pocketglm.contracts import Config
 
 Activation = Literal["none", "dynamic_tensor", "dynamic_token", "dynamic_block", "static"]
+
+
+class CacheScheme(Config):
+    """INT8 keys and values, symmetric, with calibrated scales (see `ops/kv_cache.py`).
+
+    per: what shares a scale: a layer's whole tensor of keys, or of values; or one feature of one
+    key/value head.
+    """
+
+    bits: Literal[8] = 8
+    per: Literal["tensor", "channel"] = "channel"
 
 
 class TensorScheme(Config):

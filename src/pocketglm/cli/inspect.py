@@ -118,8 +118,9 @@ def _cache(result: InspectResult) -> str:
     if result.kv_bytes_per_token is None:
         return ""
     size = result.kv_bytes_per_token / 1024
-    form = "fp16" if result.kind == "checkpoint" else "its file"
-    return f"{result.kv_heads} of {result.head_dim}; cache {size:g} KiB a token in {form}"
+    return (
+        f"{result.kv_heads} of {result.head_dim}; cache {size:g} KiB a token in {result.kv_cache}"
+    )
 
 
 def _labels(labels: list[str]) -> str:

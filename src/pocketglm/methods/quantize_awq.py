@@ -53,6 +53,8 @@ def _check(config: AwqConfig, ckpt: Checkpoint, context: StepContext) -> list[st
         ]
     if spec.layer_ranks:
         return ["it is factorized, so no layer can take a scale whole: use quantize_gptq"]
+    if ckpt.manifest.cache:
+        return ["its cache is calibrated, and AWQ scales the values: put quantize_kv after it"]
     return block_reasons(config, ckpt, context)
 
 

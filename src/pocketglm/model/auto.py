@@ -38,7 +38,7 @@ from pocketglm.artifacts.manifest import Manifest
 from pocketglm.model.decoder import Decoder
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import load_decoder, load_encoder, save_decoder, save_encoder
-from pocketglm.model.inputs import input_grids
+from pocketglm.model.inputs import cache_scales, input_grids
 from pocketglm.ops.fake_quant import InputGrid, quantized_inputs
 
 
@@ -144,7 +144,9 @@ class PocketGLMForCausalLM(PreTrainedModel):  # type: ignore[no-untyped-call]
         """As `PocketGLMModel.from_pretrained`."""
         ckpt = Checkpoint.open(path)
         config = config or PocketGLMConfig.from_pretrained(path)
-        model = cls(config, load_decoder(ckpt), ckpt.manifest)
+        decoder = load_decoder(ckpt)
+        decoder.cache_scales = cache_scales(ckpt)
+        model = cls(config, decoder, ckpt.manifest)
         _settle(model, kwargs)
         return model
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pocketglm.artifacts.scheme import CacheScheme
 from pocketglm.errors import CheckpointError, nearest
 from pocketglm.model.layers import ACTIVATIONS
 from pocketglm.model.spec import DecoderSpec, Role, RopeScaling, RopeSpec
@@ -73,6 +74,22 @@ def hf_name(name: str) -> str:
     if block:
         return f"model.layers.{block[1]}.{_NAMES[block[2]]}{block[3] or ''}.{parameter}"
     return f"{_NAMES[module]}.{parameter}"
+
+
+def cache_scale_names(index: int) -> tuple[str, str]:
+    """The tensors of the scales of a layer's cached keys and values, as compressed-tensors names
+    them.
+    """
+    at = f"model.layers.{index}.self_attn"
+    return f"{at}.k_scale", f"{at}.v_scale"
+
+
+def cache_layout(spec: DecoderSpec, scheme: CacheScheme | None) -> dict[str, tuple[int, ...]]:
+    """The tensors of all layers' scales, float32, and their shapes; none of a float cache."""
+    if scheme is None:
+        return {}
+    shape = (1,) if scheme.per == "tensor" else (spec.num_kv_heads, spec.head_dim)
+    return {n: shape for index in range(spec.num_layers) for n in cache_scale_names(index)}
 
 
 @dataclass(frozen=True, slots=True)

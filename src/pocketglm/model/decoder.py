@@ -23,15 +23,20 @@ from torch import Tensor, nn
 
 from pocketglm.contracts import Floats
 from pocketglm.errors import UsageError
-from pocketglm.model.cache import KVCache
-from pocketglm.model.layers import Block, Passage, rotation
+from pocketglm.model.cache import KVCache, RoundedKV
+from pocketglm.model.layers import Block, Passage, Past, rotation
 from pocketglm.model.spec import DecoderSpec
 
 _CHUNK = 1 << 22  # random values made at a time
 
 
 class Decoder(nn.Module):
-    """Token ids in, logits of the next token out."""
+    """Token ids in, logits of the next token out.
+
+    cache_scales: float32 [layers, 2, kv heads, 1, head_dim] or [layers, 2, 1, 1, 1], of keys and of
+    values (`model.inputs.cache_scales` reads them): then every call computes with int8 ones, with a
+    cache or without. None: they stay float.
+    """
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -40,6 +45,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(spec.block(i)) for i in spec.first_layers())
         self.ends = nn.ModuleList(Passage(spec.hidden_size) for _ in range(spec.num_layers))
         self.norm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.cache_scales: Tensor | None = None
         self.head = None if spec.tied else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
     def forward(
@@ -90,7 +96,7 @@ class Decoder(nn.Module):
         turn = rotation(self.spec.rope, positions, x.dtype)
         attend = _attend(positions, cache)
         for index, (number, end) in enumerate(zip(self.spec.blocks(), self.ends, strict=True)):
-            past = cache.layer(index, positions) if cache else None
+            past = self._past(index, positions, cache)
             x = end(self.blocks[number](x, attend, turn, past))
         if cache is not None:
             cache.advance(counts)
@@ -100,7 +106,19 @@ class Decoder(nn.Module):
     def new_cache(self, batch: int, limit: int | None = None) -> KVCache:
         """An empty cache for `batch` rows of at most `limit` tokens (default: all positions)."""
         weight = self.tokens.weight
-        return KVCache(self.spec, batch, limit, dtype=weight.dtype, device=weight.device)
+        return KVCache(
+            self.spec,
+            batch,
+            limit,
+            dtype=weight.dtype,
+            device=weight.device,
+            scales=self.cache_scales,
+        )
+
+    def _past(self, index: int, positions: Tensor, cache: KVCache | None) -> Past | None:
+        if cache is not None:
+            return cache.layer(index, positions)
+        return None if self.cache_scales is None else RoundedKV(self.cache_scales[index])
 
     def _check_length(self, width: int) -> None:
         limit = self.spec.max_position_embeddings

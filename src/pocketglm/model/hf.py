@@ -126,6 +126,9 @@ def check_tensors(ckpt: Checkpoint) -> None:
                 )
             elif scheme is None and info.dtype not in _FLOATS:
                 raise _foreign(ckpt, part)
+    if isinstance(spec, DecoderSpec):
+        for name, shape in causal.cache_layout(spec, ckpt.manifest.cache).items():
+            _check_scales(ckpt, name, shape)
     if missing:
         raise CheckpointError(
             f"{ckpt.path} has no tensor {missing[0]}"
@@ -140,6 +143,17 @@ def check_tensors(ckpt: Checkpoint) -> None:
             f"{ckpt.path} stores {max(layers) + 1} layers, its config.json says "
             f"num_hidden_layers {spec.num_layers}{shared}",
             _INCOMPLETE,
+        )
+
+
+def _check_scales(ckpt: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    info = ckpt.tensors.get(name)
+    if info is None or (info.dtype, info.shape) != ("F32", shape):
+        found = f"it is {info.dtype} {list(info.shape)}" if info else "it is missing"
+        raise CheckpointError(
+            f"{ckpt.path}: '{name}', a scale of the INT8 cache, should be F32 {list(shape)}; "
+            + found,
+            "the folder is incomplete or from another version: run quantize_kv again",
         )
 
 
@@ -232,7 +246,7 @@ def save_encoder(
             max_length_of(source) if source else spec.max_position_embeddings
         )
         write_sentence_files(folder, spec, length)
-    write_json(folder / MANIFEST, manifest.model_copy(update={"schemes": {}}))
+    write_json(folder / MANIFEST, manifest.model_copy(update={"schemes": {}, "cache": None}))
 
 
 def save_decoder(
@@ -283,7 +297,7 @@ def write_decoder(
     writer.close()
     if source:
         _copy_tokenizer(source.path, folder)
-    write_json(folder / MANIFEST, manifest.model_copy(update={"schemes": {}}))
+    write_json(folder / MANIFEST, manifest.model_copy(update={"schemes": {}, "cache": None}))
 
 
 def predicted(
@@ -306,7 +320,7 @@ def predicted(
     return replace(
         ckpt,
         config=config,
-        manifest=ckpt.manifest.model_copy(update={"schemes": {}}),
+        manifest=ckpt.manifest.model_copy(update={"schemes": {}, "cache": None}),
         tensors={n: TensorInfo(n, stored, shape, file, 0) for n, shape in shapes.items()},
     )
 

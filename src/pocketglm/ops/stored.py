@@ -11,6 +11,9 @@ Layout of the compressed-tensors formats for a weight `X.weight` [N, K] with G s
 Asymmetric INT4 has F32 scales (the same values): transformers opens it with `dequantize=True` only,
 which computes in the scale's type and would round the weights to bf16.
 
+A decoder with an INT8 cache stores its scales beside the attention's weights (compressed-tensors'
+names): k_scale and v_scale, F32, [kv heads, head_dim] per channel or [1].
+
 A layer with static activations also stores the grid of its input, `X.input_scale` F32 [1] and
 `X.input_zero_point` I8 [1] (0 where it is symmetric).
 """
@@ -252,7 +255,7 @@ def parameter_counts(ckpt: Checkpoint) -> dict[str, int]:
     """How many values each unquantized tensor or quantized weight stands for."""
     schemes = ckpt.manifest.schemes
     # Not only the schemes' own parts: a tied head's scales are stored beside its embedding's.
-    ends = (*(f".weight_{part}" for part in _PARTS), *_grid_names("."))
+    ends = (*(f".weight_{part}" for part in _PARTS), *_grid_names("."), ".k_scale", ".v_scale")
     whole = {n: i.size for n, i in ckpt.tensors.items() if not n.endswith(ends)}
     counts = {name: size for name, size in whole.items() if name not in schemes}
     return counts | {name: math.prod(_shape(ckpt, name, s)) for name, s in schemes.items()}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 from pocketglm.artifacts.export import ExportManifest
@@ -19,6 +20,8 @@ from pocketglm.runtimes._text import check_rewind, check_tokens, context_of
 
 _FIRST = 256  # tokens that the buffers begin with
 
+Cache = npt.NDArray[np.float32] | npt.NDArray[np.int8]
+
 
 class OnnxDecoderSession:
     """An open decoder with one text; forks share the weights."""
@@ -26,7 +29,9 @@ class OnnxDecoderSession:
     def __init__(self, session: ort.InferenceSession, info: SessionInfo) -> None:
         self._session, self.info = session, info
         self._names = [port.name for port in session.get_inputs()[2:]]
-        self._heads, self._head_dim = (session.get_inputs()[2].shape[axis] for axis in (1, 3))
+        first = session.get_inputs()[2]
+        self._heads, self._head_dim = first.shape[1], first.shape[3]
+        self._int8 = first.type == "tensor(int8)"
         self._length = 0
         self._bind([self._empty(min(_FIRST, info.max_length)) for _ in self._names])
 
@@ -125,7 +130,7 @@ class OnnxDecoderSession:
         if self.info.scores == "last":
             other = OnnxDecoderSession(self._session, self.info)
             return np.stack([other.step(int(token)) for token in tokens])
-        feeds: dict[str, Ids | Floats] = {name: self._empty(0) for name in self._names}
+        feeds: dict[str, Ids | Cache] = {name: self._empty(0) for name in self._names}
         feeds |= {"input_ids": tokens[None], "attention_mask": np.ones((1, len(tokens)), np.int64)}
         logits: Floats = self._session.run(["logits"], feeds)[0][0]
         return logits
@@ -136,8 +141,9 @@ class OnnxDecoderSession:
 
     # --- the cache -------------------------------------------------------------------------------
 
-    def _empty(self, tokens: int) -> Floats:
-        return np.zeros((1, self._heads, tokens, self._head_dim), np.float32)
+    def _empty(self, tokens: int) -> Cache:
+        shape = (1, self._heads, tokens, self._head_dim)
+        return np.zeros(shape, np.int8) if self._int8 else np.zeros(shape, np.float32)
 
     def _reserve(self, tokens: int) -> None:
         size = self._buffers[0].shape[2]
@@ -151,7 +157,7 @@ class OnnxDecoderSession:
             buffers.append(new)
         self._bind(buffers)
 
-    def _bind(self, buffers: list[Floats]) -> None:
+    def _bind(self, buffers: list[Cache]) -> None:
         """Use `buffers`, in the order of the model's inputs, as past and present."""
         self._buffers = buffers
         self._binding = self._session.io_binding()

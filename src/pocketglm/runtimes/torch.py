@@ -22,7 +22,7 @@ from pocketglm.model.hf import (
     load_encoder,
     max_length_of,
 )
-from pocketglm.model.inputs import input_grids
+from pocketglm.model.inputs import cache_scales, input_grids
 from pocketglm.ops.fake_quant import quantized_inputs
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.runtimes._text import check_rewind, check_tokens, context_of
@@ -76,7 +76,7 @@ class TorchSession:
 
 
 class TorchDecoderSession:
-    """An open decoder in float32; forks share its weights."""
+    """An open decoder in float32, its cache as the checkpoint says; forks share its weights."""
 
     def __init__(self, model: Decoder, cache: KVCache, info: SessionInfo) -> None:
         self._model, self._cache, self.info = model, cache, info
@@ -90,6 +90,7 @@ class TorchDecoderSession:
             CheckpointError: as `load_decoder`.
         """
         model = load_decoder(ckpt)
+        model.cache_scales = cache_scales(ckpt)
         spec = model.spec
         info = SessionInfo(
             runtime="torch",

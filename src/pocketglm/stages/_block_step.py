@@ -28,9 +28,9 @@ from pocketglm.contracts import WORK, BlockMethod, BlockResult, BlockWork, Confi
 from pocketglm.eval.lm import WINDOW
 from pocketglm.model.hf import model_spec_of, stored_name
 from pocketglm.model.layers import Block, bare_modules
+from pocketglm.model.parts import Parts, TableRows, cut
 from pocketglm.ops.affine import dequantize
 from pocketglm.ops.stored import Layout, as_array, as_tensor, store, stored_layout
-from pocketglm.stages._blocks import Parts, TableRows, cut
 from pocketglm.stages._memory import Ceiling, keep_freed_memory, megabytes
 from pocketglm.stages._model_step import SCORED, scoring_bytes
 from pocketglm.stages._step import (

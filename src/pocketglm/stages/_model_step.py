@@ -51,12 +51,18 @@ class ModelJob:
         else:
             needed = self.spec.memory(self.step.config, self.ckpt, self.context)
             self.ceiling.require(needed, f"{self.step.method}'s own work")
-        if self.context.rows is not None:
+        scored = not self.spec.in_parts or scoring_bytes(self.ckpt) <= SCORED
+        if self.context.rows is not None and scored:
             self.ceiling.require(scoring_bytes(self.ckpt), "the whole model, to score it")
         (folder / WORK).mkdir(exist_ok=True)
         effect = self.spec.run(self.step.config, self.ckpt, folder, self.context)
         after = Checkpoint.open(folder)
         check_tensors(after)
+        if self.ckpt.manifest.cache and not after.manifest.cache:
+            self.context.reporter.say(
+                f"{self.step.method} changes keys and values: the cache is float again, put "
+                "quantize_kv after it"
+            )
         lineage = Step(
             method=self.step.method,
             settings=self.step.settings,

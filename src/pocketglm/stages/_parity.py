@@ -196,10 +196,13 @@ def judge(
     Raises:
         ParityError: they differ by more than the form of the file explains.
     """
-    share, needed = LIMITS[manifest.activation]
+    kind, int8_cache = manifest.activation, manifest.cache is not None and manifest.cache.scheme
+    if int8_cache and kind == "none":
+        kind = "dynamic_block"  # as there, a value near the middle between two integers may move
+    share, needed = LIMITS[kind]
     std = float(wanted.std())
     exact = FLOAT_TOLERANCE * max(1.0, std)
-    optimizer_limit = OPTIMIZER_LIMITS[manifest.activation] * std or exact
+    optimizer_limit = OPTIMIZER_LIMITS[kind] * std or exact
     agreement = _agreement(wanted, shipped, std, classes=classes)
     parity = Parity(
         scope="whole",
@@ -212,6 +215,7 @@ def judge(
         blocks=blocks,
     )
     form = f"{manifest.precision}, activations {manifest.activation}"
+    form += ", INT8 cache" if int8_cache else ""
     accurate = "choose a more accurate form: compress with --set activation=dynamic_block or none"
     for what, difference, limit, hint in (
         (

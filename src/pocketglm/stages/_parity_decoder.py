@@ -4,7 +4,8 @@ Block by block, activation quantization off: each block of the checkpoint in PyT
 file's own previous block gave, so that errors do not add up and the faulty block is named. One
 block of either side is in memory at a time. A model that is small enough is also compared whole, as
 it ships: the logits of its runtime, graph optimizer on and off, against those of PyTorch's blocks
-one after the other.
+one after the other. Of an INT8 cache the file's integers are compared, and then taken: a value
+halfway between two integers may become either.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from pocketglm.artifacts.export import ExportManifest, Parity
 from pocketglm.contracts import ExportOptions, Floats, Ids, Reporter, RunOptions, Target
 from pocketglm.errors import ParityError
 from pocketglm.model.hf import decoder_spec_of, stored_name
+from pocketglm.model.inputs import layer_scales
 from pocketglm.model.layers import Block, bare_modules, rotation
 from pocketglm.model.spec import DecoderSpec
 from pocketglm.ops.stored import check_finite, parameter_counts, read_quantized, read_weight
 from pocketglm.runtimes import open_decoder
 from pocketglm.runtimes._cores import usable_cores
+from pocketglm.stages._file_cache import FileCache
 from pocketglm.stages._memory import Ceiling, resident
 from pocketglm.stages._parity import FLOAT_TOLERANCE, SAMPLES, judge, worst
 from pocketglm.text.tokenizer import Tokenizer
@@ -150,9 +153,13 @@ def _compare(
     reference, ceiling = _Reference(ckpt, decoder_spec_of(ckpt)), Ceiling(max_memory, "export")
     total, batch = reference.spec.num_layers + 2, len(ids)
     x = own = logits = torch.empty(0)
+    kept: FileCache | None = None
     differences: dict[str, float] = {}
     for name, value in _ahead(found):
         part, _, place = name.partition(".")
+        if part == "cache":
+            kept = FileCache.of(name, value, mask, layer_scales(ckpt, int(place)))
+            continue
         if part in ("rotary", "rows"):
             start, stop = map(int, place.split(":"))
             expected = getattr(reference, part)(start, stop).numpy()
@@ -166,7 +173,7 @@ def _compare(
             logits = reference.head(torch.cat([ends, own[keep]]) if whole else ends)
             wanted, logits = logits[:batch], logits[batch if whole else 0 :]
         else:
-            both = reference.block(int(place), torch.cat([x, own]) if whole else x)
+            both = reference.block(int(place), torch.cat([x, own]) if whole else x, kept)
             wanted, own = both[:batch], both[batch:]
         x, expected = torch.from_numpy(value), wanted.numpy()
         if part != "head":
@@ -243,7 +250,7 @@ class _Reference:
         turn = rotation(self.spec.rope, torch.arange(start, stop)[None], torch.float32)
         return torch.stack([turn.cos[0, 0], turn.sin[0, 0]])
 
-    def block(self, index: int, x: Tensor) -> Tensor:
+    def block(self, index: int, x: Tensor, past: FileCache | None = None) -> Tensor:
         """Layer `index`: x [B, S, H] -> [B, S, H], every row by itself from position 0."""
         with bare_modules():
             block = Block(self.spec.block(index)).eval()
@@ -253,7 +260,7 @@ class _Reference:
                 block.set_submodule(name, _Streamed(self, at + name, layer))
         block.load_state_dict({n: self.read(at + n) for n in block.state_dict()}, assign=True)
         turn = rotation(self.spec.rope, torch.arange(x.shape[1])[None], x.dtype)
-        result: Tensor = block(x, None, turn)
+        result: Tensor = block(x, None, turn, past)
         return result
 
     def head(self, x: Tensor) -> Tensor:

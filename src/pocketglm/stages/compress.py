@@ -255,7 +255,10 @@ class _Run:
 
         def build(folder: Path) -> None:
             job.run(folder)
-            add_score(folder, context, SCORED if isinstance(spec, BlockMethod) else None)
+            in_parts = isinstance(spec, BlockMethod) or (
+                isinstance(spec, ModelMethod) and spec.in_parts
+            )
+            add_score(folder, context, SCORED if in_parts else None)
             shutil.rmtree(folder / WORK, ignore_errors=True)  # last: until here a kill can resume
 
         return build

@@ -238,7 +238,11 @@ def _kind_fields(
         "bos_id": spec.bos_id,
         "eos_ids": list(eos_ids_of(ckpt)),
         "cache": CacheLayout(
-            layers=spec.num_layers, kv_heads=spec.num_kv_heads, head_dim=spec.head_dim
+            layers=spec.num_layers,
+            kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            dtype="int8" if ckpt.manifest.cache else "float32",
+            scheme=ckpt.manifest.cache,
         ),
         "command": ckpt.manifest.command,
     }

@@ -10,7 +10,7 @@ from pocketglm.artifacts.export import ExportManifest, check_files, is_export, r
 from pocketglm.artifacts.manifest import CommandGrammar, digest_file, digest_value
 from pocketglm.artifacts.proof import PROOF, read_proof
 from pocketglm.artifacts.schemas import InspectResult
-from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.artifacts.scheme import CacheScheme, TensorScheme
 from pocketglm.model.families import remote_code_note
 from pocketglm.model.hf import (
     check_tensors,
@@ -43,6 +43,10 @@ def describe(scheme: TensorScheme) -> str:
     group = "per channel" if scheme.group_size is None else f"group {scheme.group_size}"
     sign = "symmetric" if scheme.symmetric else "asymmetric"
     return f"int{scheme.bits} {group}, {sign}, activations {scheme.activation}"
+
+
+def _cache_form(scheme: CacheScheme | None) -> str:
+    return f"int{scheme.bits} per {scheme.per}" if scheme else ""
 
 
 def _count(schemes: dict[str, TensorScheme]) -> dict[str, int]:
@@ -102,7 +106,8 @@ def _own_fields(ckpt: Checkpoint) -> dict[str, Any]:
         "head": "tied lm" if spec.tied else "lm",
         "kv_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
-        "kv_bytes_per_token": spec.kv_bytes_per_token,
+        "kv_bytes_per_token": spec.kv_bytes_per_token // (2 if ckpt.manifest.cache else 1),
+        "kv_cache": _cache_form(ckpt.manifest.cache) or "fp16",
         "eos_ids": list(eos_ids_of(ckpt)),
         "layer_blocks": list(spec.layer_blocks),
         "unified": spec.unified,
@@ -135,6 +140,7 @@ def _export(folder: Path, verify: bool) -> InspectResult:
         kv_heads=cache.kv_heads if cache else None,
         head_dim=cache.head_dim if cache else None,
         kv_bytes_per_token=cache.bytes_per_token if cache else None,
+        kv_cache=(_cache_form(cache.scheme) or cache.dtype) if cache else "",
         eos_ids=manifest.eos_ids,
         logits=manifest.logits,
         command=_intents(manifest.command),

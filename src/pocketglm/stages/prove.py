@@ -158,7 +158,7 @@ def _baseline(path: Path) -> Side | Checkpoint:
     if is_export(model_folder(path)):
         return open_side(path)
     checkpoint = Checkpoint.open(path)
-    if checkpoint.manifest.schemes:
+    if checkpoint.manifest.schemes or checkpoint.manifest.cache:
         raise UsageError(
             f"the baseline {path} is itself quantized",
             "name the checkpoint it was made from; or export it, and name that export",

@@ -12,6 +12,7 @@ k keys are all that the context has.
     INT8, INT4   dynamic_*    MatMulNBits, accuracy_level 4 (int8 activations by block)
     INT8, INT4   none         MatMulNBits, accuracy_level 1 (float activations)
     embedding                 Gather, or GatherBlockQuantized of INT8 and INT4
+    INT8 cache                GroupQueryAttention's own, with scales by layer or by channel
 
 One scale for a whole activation tensor (`dynamic_tensor`) is not used: it would make a token's
 result depend on how many others are computed with it, so that prompt and single steps differ. One
@@ -39,7 +40,7 @@ import torch
 
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import Floats, Reporter
-from pocketglm.model.causal import hf_name
+from pocketglm.model.causal import cache_scale_names, hf_name
 from pocketglm.model.layers import rotation, unified_widths
 from pocketglm.model.spec import DecoderSpec
 from pocketglm.targets._onnx_external import ExternalData
@@ -102,7 +103,11 @@ class DecoderGraph:
             x = self._block(x, index)
         reporter.progress("writing blocks", spec.num_layers, spec.num_layers)
         self._head(x)
-        return g.model(self.inputs, self.outputs, OPSET, name="decoder", caches=self.past)
+        present = list(self.outputs)[1:]
+        int8 = [*self.past, *present] if self.rows.cache else ()
+        return g.model(
+            self.inputs, self.outputs, OPSET, name="decoder", caches=self.past, int8=int8
+        )
 
     def _at(self, index: int) -> str:
         """The prefix of the parameters that a layer uses."""
@@ -203,6 +208,7 @@ class DecoderGraph:
         if self._sparse is not None:
             query, key, value = inputs
             return self._sparse.attend(query, key, value, index)
+        scales, form = self._cache_scales(index)
         out, *_ = self.g.ops(
             "GroupQueryAttention",
             3,
@@ -213,6 +219,7 @@ class DecoderGraph:
             self._total,
             self._cos,
             self._sin,
+            *scales,
             domain=MICROSOFT,
             outs=(f"present.{index}.key", f"present.{index}.value"),
             num_heads=spec.num_heads,
@@ -220,8 +227,25 @@ class DecoderGraph:
             scale=spec.head_dim**-0.5,
             do_rotary=1,
             rotary_interleaved=int(spec.rope.interleaved),
+            **form,
         )
         return out
+
+    def _cache_scales(self, index: int) -> tuple[list[str], dict[str, Any]]:
+        """The inputs after `sin_cache` of an INT8 cache (positions, bias and sinks are absent), and
+        the attributes that say how they are meant.
+        """
+        scheme = self.rows.cache
+        if scheme is None:
+            return [], {}
+        names = []
+        for name, scales in zip(
+            cache_scale_names(index), self.rows.cache_scales(index), strict=True
+        ):
+            names.append(self._store(name, np.float32, scales.shape, iter([scales])))
+        kind = {"tensor": "PER_TENSOR", "channel": "PER_CHANNEL"}[scheme.per]
+        form = {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": scheme.bits}
+        return ["", "", "", *names], form
 
     def _head_norm(self, x: str, layer: str) -> str:
         """Each head of [B, S, heads * head_dim] normalized by itself."""

@@ -27,6 +27,9 @@ _ROWS, _POSITIONS = 512, 4096  # of tables, at a time
 def decoder_blocks(file: Path, ids: Ids, mask: Ids) -> Iterator[tuple[str, Floats]]:
     """ids, mask [B, S] -> values [B, S, H] of `embeddings` and each `block.I`; `head` [B, V].
 
+    Of a file with an INT8 cache, `cache.I` comes before `block.I`: the integers that it kept of the
+    rows' keys and values, [2, B, kv heads, S, head_dim].
+
     Before the blocks come the tables of which a few ids and positions say little, in ranges:
     `rows.0:512` [rows, H], where the head does not use them all, and `rotary.0:4096` [2, positions,
     dims / 2], cosines and sines.
@@ -54,7 +57,9 @@ def decoder_blocks(file: Path, ids: Ids, mask: Ids) -> Iterator[tuple[str, Float
     name = "embeddings"
     for index in range(parts.blocks):
         before, name = name, f"block.{index}"
-        x = parts.block(name, before, x, prompt, mask, last)
+        x, kept = parts.block(name, before, x, prompt, mask, last)
+        if parts.int8:
+            yield f"cache.{index}", kept
         yield name, x
     # Two tokens a row: a file that has the logits of the last one only must choose the right one.
     ends = np.stack([x[:, 0], x[rows, last]], axis=1)
@@ -78,6 +83,8 @@ class _Parts:
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
         self.past = {i.name: i for i in graph.input if i.name.startswith(_PAST)}
         self.blocks = len(self.past) // 2
+        kinds = {port.type.tensor_type.elem_type for port in self.past.values()}
+        self.int8 = kinds == {TensorProto.INT8}
         attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
         turning = [node for node in graph.node if node.op_type == "RotaryEmbedding"]
         tables = [tuple(node.input[7:9]) for node in attention]
@@ -109,15 +116,17 @@ class _Parts:
 
     def block(
         self, name: str, before: str, x: Floats, prompt: Ids, mask: Ids, last: npt.NDArray[Any]
-    ) -> Floats:
-        """One block's output [B, S, H] for its input x [B, S, H], prompt and last token apart."""
+    ) -> tuple[Floats, Floats]:
+        """One block's output [B, S, H] for its input x [B, S, H], prompt and last token apart; and
+        its cache [2, B, kv heads, S, head_dim].
+        """
         index = name.removeprefix("block.")
         past = [f"{_PAST}{index}.{part}" for part in ("key", "value")]
         present = [f"present.{index}.{part}" for part in ("key", "value")]
         session = self.session([name, *present], [before, *_PORTS, *past])
         known = {port.name for port in session.get_inputs()}
         heads, size = (self.past[past[0]].type.tensor_type.shape.dim[i].dim_value for i in (1, 3))
-        nothing = np.zeros((len(x), heads, 0, size), np.float32)
+        nothing = np.zeros((len(x), heads, 0, size), np.int8 if self.int8 else np.float32)
         # The columns that hold a prompt; the last token's slot may lie behind them.
         width = int(prompt.sum(axis=1).max())
         places = np.zeros((len(x), width), np.int64)  # only how many tokens there are counts
@@ -127,11 +136,11 @@ class _Parts:
         rows = np.arange(len(x))
         feed = {before: x[rows, last][:, None], "attention_mask": mask[:, : width + 1]}
         feed |= {"input_ids": places[:, :1]} if "input_ids" in known else {}
-        step, *_ = session.run(None, feed | dict(zip(past, cache, strict=True)))
+        step, *cache = session.run(None, feed | dict(zip(past, cache, strict=True)))
         out = np.zeros_like(x)
         out[:, :width] = y
         out[rows, last] = step[:, 0]
-        return out
+        return out, np.stack(cache).astype(np.float32)
 
     def run(self, output: str, feed: dict[str, npt.NDArray[Any]]) -> list[Floats]:
         """The value `output` for given values of the graph."""
@@ -170,20 +179,21 @@ class _Parts:
         graph = helper.make_graph(
             [_in_float(node) for node in self.model.graph.node if id(node) in nodes],
             "part",
-            [_port(name) for name in inputs if name in used],
-            [_port(name) for name in outputs],
+            [self._port(name) for name in inputs if name in used],
+            [self._port(name) for name in outputs],
             list(constants.values()),
         )
         return helper.make_model(
             graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version
         )
 
-
-def _port(name: str) -> onnx.ValueInfoProto:
-    integers = name in _PORTS
-    return helper.make_tensor_value_info(
-        name, TensorProto.INT64 if integers else TensorProto.FLOAT, None
-    )
+    def _port(self, name: str) -> onnx.ValueInfoProto:
+        kind = TensorProto.FLOAT
+        if name in _PORTS:
+            kind = TensorProto.INT64
+        elif self.int8 and name.startswith((_PAST, "present.")):
+            kind = TensorProto.INT8
+        return helper.make_tensor_value_info(name, kind, None)
 
 
 def _in_float(node: NodeProto) -> NodeProto:

@@ -91,17 +91,23 @@ def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporte
     config = decoder_config(upstream_spec(spec), ckpt, torch.float32)
     write_json(out / "config.json", config | {"max_position_embeddings": context})
     write_tokenizer(ckpt, out, context)
-    operators = graph.g.operators
+    operators, cache = graph.g.operators, ckpt.manifest.cache
+    kept = "int8" if cache else "float32"
     return Lowered(
         model_file=MODEL,
         inputs=[
             *(port(key, "int64", shape) for key, shape in graph.inputs.items()),
-            *(port(key, "float32", shape) for key, shape in graph.past.items()),
+            *(port(key, kept, shape) for key, shape in graph.past.items()),
         ],
-        outputs=[port(key, "float32", shape) for key, shape in graph.outputs.items()],
+        outputs=[
+            port(key, "float32" if key == "logits" else kept, shape)
+            for key, shape in graph.outputs.items()
+        ],
         operators=operators,
         minimum={
-            "onnxruntime": oldest_runtime(ckpt.manifest.schemes.values(), operators),
+            "onnxruntime": oldest_runtime(
+                ckpt.manifest.schemes.values(), operators, int8_cache=cache is not None
+            ),
             "opset": str(OPSET),
         },
         parts=part_bytes(graph.g),

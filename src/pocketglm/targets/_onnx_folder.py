@@ -29,12 +29,17 @@ def part_bytes(g: GraphBuilder) -> dict[str, int]:
     return dict(sorted(parts.items()))
 
 
-def oldest_runtime(linear: Iterable[TensorScheme], operators: Mapping[str, int]) -> str:
-    """The oldest ONNX Runtime that such a file ran in when tried by hand with 1.15.1 to 1.23.2.
+def oldest_runtime(
+    linear: Iterable[TensorScheme], operators: Mapping[str, int], *, int8_cache: bool = False
+) -> str:
+    """The oldest ONNX Runtime that such a file ran in when tried by hand with 1.15.1 to 1.23.2; an
+    INT8 cache with 1.24 to 1.32 (1.25 and 1.26 open such a file, and fail when it runs).
 
     1.15.1 runs MultiHeadAttention, but its results are wrong; 1.16.3's are right.
     linear: the schemes of the linear layers.
     """
+    if int8_cache:
+        return "1.27"
     if f"{MICROSOFT}.GatherBlockQuantized" in operators:
         return "1.23"
     if f"{MICROSOFT}.MatMulNBits" in operators:

@@ -7,7 +7,7 @@ Operator specs: https://onnx.ai/onnx/operators/ (domain ''), and ONNX Runtime's 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -110,8 +110,11 @@ class GraphBuilder:
         *,
         name: str = "encoder",
         caches: Mapping[str, Shape] = MappingProxyType({}),
+        int8: Collection[str] = (),
     ) -> onnx.ModelProto:
-        """The finished model: int64 inputs, then float32 `caches`; float32 outputs."""
+        """The finished model: int64 inputs, then float32 `caches`; float32 outputs. int8: caches
+        and outputs that are integers instead.
+        """
         opsets = [helper.make_opsetid("", opset)]
         if any(node.domain == MICROSOFT for node in self._nodes):
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
@@ -123,9 +126,9 @@ class GraphBuilder:
                     helper.make_tensor_value_info(n, TensorProto.INT64, s)
                     for n, s in inputs.items()
                 ),
-                *_floats(caches),
+                *_values(caches, int8),
             ],
-            _floats(outputs),
+            _values(outputs, int8),
             list(self._initializers.values()),
         )
         return helper.make_model(
@@ -133,8 +136,9 @@ class GraphBuilder:
         )
 
 
-def _floats(ports: Mapping[str, Shape]) -> list[onnx.ValueInfoProto]:
-    return [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in ports.items()]
+def _values(ports: Mapping[str, Shape], int8: Collection[str]) -> list[onnx.ValueInfoProto]:
+    types = {name: TensorProto.INT8 if name in int8 else TensorProto.FLOAT for name in ports}
+    return [helper.make_tensor_value_info(n, types[n], s) for n, s in ports.items()]
 
 
 def _nbytes(tensor: onnx.TensorProto) -> int:

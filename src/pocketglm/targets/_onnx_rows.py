@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from pocketglm.artifacts.checkpoint import Checkpoint
-from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.artifacts.scheme import CacheScheme, TensorScheme
 from pocketglm.contracts import Floats
 from pocketglm.model.hf import is_embedding, stored_name
+from pocketglm.model.inputs import layer_scales
 from pocketglm.ops.packing import UInt8, pack_rows, unpack_int32
 from pocketglm.ops.stored import as_tensor
 
@@ -57,6 +58,16 @@ class Rows:
             return False
         inner = self._stored(f"{layer}.factor_in")
         return inner in self.ckpt.tensors or f"{inner}_packed" in self.ckpt.tensors
+
+    @property
+    def cache(self) -> CacheScheme | None:
+        """How keys and values are kept; None: in float."""
+        return self.ckpt.manifest.cache
+
+    def cache_scales(self, index: int) -> tuple[Floats, Floats]:
+        """Of a layer's keys and values: float32 [kv heads, 1, head_dim] or [1]."""
+        key, value = (scale.numpy() for scale in layer_scales(self.ckpt, index))
+        return (key, value) if key.size > 1 else (key.reshape(1), value.reshape(1))
 
     @property
     def dynamic(self) -> bool:

@@ -21,8 +21,9 @@ from pocketglm.artifacts.output import is_done, output_folder
 from pocketglm.artifacts.schemas import MetricResult, TrainResult
 from pocketglm.contracts import DataOptions, Metric, Reporter, Silent, TaskRows
 from pocketglm.errors import UsageError, nearest
+from pocketglm.model.decoder import Decoder
 from pocketglm.model.hf import is_decoder
-from pocketglm.model.inputs import input_grids
+from pocketglm.model.inputs import cache_scales, input_grids
 from pocketglm.ops.fake_quant import quantized_inputs
 from pocketglm.train._command_job import prepare_command, read_commands
 from pocketglm.train._encoder_job import prepare_classifier, read_labelled
@@ -95,6 +96,8 @@ def finetune(
     request = _request(ckpt, config, rows.contents)
     if is_done(out, request, force, [path]):
         return _already_done(out)
+    if ckpt.manifest.cache:
+        reporter.say("the cache becomes float again: run quantize_kv after training")
     job = task.prepare(ckpt, config, rows, reporter)
     parameters = _counts(job, reporter)
     loop_config: LoopConfig = config
@@ -157,9 +160,11 @@ def validate(ckpt: Checkpoint, task: str, data: DataOptions, rows: TaskRows) -> 
     """Score a trained checkpoint on the validation rows; the most important metric comes first.
 
     Quantized weights are dequantized. Activations are float, but for static ones, which are rounded
-    to their grids.
+    to their grids, and for an INT8 cache.
     """
     job = _task(task).prepare(ckpt, task_config(task, data), rows, Silent())
+    if isinstance(job.model, Decoder):
+        job.model.cache_scales = cache_scales(ckpt)
     with quantized_inputs(job.model, input_grids(ckpt, job.model)):
         return dict(job.metrics())
 

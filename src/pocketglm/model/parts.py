@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.contracts import Ids
 from pocketglm.model.encoder import Embeddings
-from pocketglm.model.hf import model_spec_of, stored_name
-from pocketglm.model.layers import Block, bare_modules, rotation
+from pocketglm.model.hf import decoder_spec_of, model_spec_of, stored_name
+from pocketglm.model.layers import Block, Past, bare_modules, rotation
 from pocketglm.model.spec import DecoderSpec
-from pocketglm.ops.stored import as_tensor, check_finite, read_weight
-from pocketglm.stages._step import row_ranges
+from pocketglm.ops.stored import check_finite, read_weight
 
 _CHUNK = 1 << 20  # elements of a table that are read at a time
 
@@ -61,18 +61,15 @@ class Parts:
 
     def _rows(self, tokens: Ids, rows: TableRows) -> Tensor:
         """Rows `tokens` [T] of the token table, of which a chunk at a time is in memory."""
-        stored = self.table
-        info = self.ckpt.tensors[stored]
-        found = torch.empty(len(tokens), info.shape[1])
+        spec = model_spec_of(self.ckpt)
+        found = torch.empty(len(tokens), spec.hidden_size)
         order = np.argsort(tokens, kind="stable")
-        for start, stop in row_ranges(info, _CHUNK):
-            first, last = np.searchsorted(tokens[order], [start, stop or info.shape[0]])
+        for start, stop in _spans(spec.vocab_size, spec.hidden_size):
+            first, last = np.searchsorted(tokens[order], [start, stop])
             places = order[first:last]
             if len(places):
-                chunk = as_tensor(self.ckpt.read(stored, start, stop)).float()
                 used, where = np.unique(tokens[places] - start, return_inverse=True)
-                values = chunk[torch.from_numpy(used)]
-                check_finite(self.ckpt, stored, values, start)
+                values = self.read("tokens.weight", start, stop)[torch.from_numpy(used)]
                 found[torch.from_numpy(places)] = rows(values)[torch.from_numpy(where)]
         return found
 
@@ -89,17 +86,39 @@ class Parts:
         block.load_state_dict({n: self.read(f"blocks.{index}.{n}") for n in names}, assign=True)
         return block.requires_grad_(False)
 
-    def call(self, block: Block, x: Tensor) -> Tensor:
+    def call(self, block: Block, x: Tensor, past: Past | None = None) -> Tensor:
         """x [B, S, H], rows without padding, each from position 0 -> [B, S, H]."""
         rope = block.spec.rope
         turn = rotation(rope, torch.arange(x.shape[1])[None], x.dtype) if rope else None
         causal = isinstance(model_spec_of(self.ckpt), DecoderSpec)
-        result: Tensor = block(x, None if causal else torch.ones(1, 1, 1, 1).bool(), turn)
+        attend = None if causal else torch.ones(1, 1, 1, 1).bool()
+        result: Tensor = block(x, attend, turn, past)
         return result
 
-    def read(self, name: str) -> Tensor:
-        """A parameter by our name."""
+    def logits(self, x: Tensor) -> Tensor:
+        """What a decoder makes of the last block's outputs [N, H]: [N, V]."""
+        spec = decoder_spec_of(self.ckpt)
+        norm = nn.RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        norm.load_state_dict({"weight": self.read("norm.weight")})
+        x, found = norm(x), torch.empty(len(x), spec.vocab_size)
+        name = "tokens.weight" if spec.tied else "head.weight"
+        for start, stop in _spans(spec.vocab_size, spec.hidden_size):
+            found[:, start:stop] = F.linear(x, self.read(name, start, stop))
+        return found
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `start:stop` of a parameter by our name; `start` is a multiple of 8.
+
+        Raises:
+            CheckpointError: they hold NaN or infinity.
+        """
         stored = stored_name(self.ckpt, name)
-        values = read_weight(self.ckpt, stored)
-        check_finite(self.ckpt, stored, values)
+        values = read_weight(self.ckpt, stored, start, stop)
+        check_finite(self.ckpt, stored, values, start)
         return values
+
+
+def _spans(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    step = max(_CHUNK // columns // 8 * 8, 8)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
