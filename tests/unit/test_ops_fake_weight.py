@@ -129,7 +129,12 @@ def test_it_rounds_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, fake = made(SCHEMES[0])
     calls = []
     plain = FakeWeight._round
-    monkeypatch.setattr(FakeWeight, "_round", lambda self, w: calls.append(1) or plain(self, w))
+
+    def counted(self: FakeWeight, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(1)
+        return plain(self, w)
+
+    monkeypatch.setattr(FakeWeight, "_round", counted)
     with rounded_once([fake]):
         for _ in range(3):
             fake(weight).sum().backward()

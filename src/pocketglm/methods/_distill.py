@@ -31,10 +31,10 @@ _SHOWN = 5  # names in a message
 class TeachingConfig(StepTraining):
     """What a step that trains may learn from a teacher, beside the labels."""
 
-    preset: Literal["soft", "features"] | None = Field(
+    preset: Literal["soft", "features", "qad"] | None = Field(
         "soft",
         description="where alpha, temperature and features begin: soft = 0.7, 4, none; features = "
-        "0.7, 6, hidden",
+        "0.7, 6, hidden; qad = 0.5, 1, none",
     )
     alpha: float = Field(
         0.7, ge=0, le=1, description="weight of the teacher's term; 1 - alpha: of the labels'"

@@ -90,9 +90,11 @@ def fake_quant_blocks(x: Tensor, size: int) -> Tensor:
     gradient passes everywhere.
     """
     plain = x.detach().float()
-    blocks = F.pad(plain, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+    padded = F.pad(plain, (0, -x.shape[-1] % size))
+    blocks = padded.view(*padded.shape[:-1], -1, size)
     scale = (blocks.abs().amax(-1, keepdim=True) / HIGH).clamp_(min=torch.finfo(torch.float32).tiny)
-    value = ((blocks / scale).round_() * scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+    value: Tensor = ((blocks / scale).round_() * scale).flatten(-2)[..., : x.shape[-1]]
+    value = value.to(x.dtype)
     return x + (value - x.detach()) if torch.is_grad_enabled() and x.requires_grad else value
 
 
