@@ -169,6 +169,21 @@ def test_a_planted_defect_is_found(
     assert not entry.ok
 
 
+@pytest.mark.parametrize("wrong", [19, 21])
+def test_a_k_beyond_the_sample_texts_is_compared_too(
+    wrong: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts have 12 tokens at most; of a model with k = 20 one goes on to 22."""
+    assert stage._texts(None) == stage._TEXTS
+    assert [length for _, length in stage._texts(20)] == [8, 22, 12, 5]
+    folder = save_structure(tmp_path / "a", "glm-wide", top_k=20)
+    (entry,) = export(folder, ["onnx"], tmp_path / "right", options=ALL).targets
+    assert entry.ok, entry.error
+    monkeypatch.setattr(_onnx_decoder, "top_k_of", lambda spec, context: wrong)
+    (entry,) = export(folder, ["onnx"], tmp_path / "wrong", options=ALL).targets
+    assert not entry.ok
+
+
 def test_export_json_tells_the_cache(tmp_path: Path) -> None:
     folder = save(tmp_path / "a", "glm-wide", "shared")
     assert export(folder, ["onnx"], tmp_path / "out").targets[0].ok
