@@ -51,9 +51,11 @@ def test_padded_rows_and_steps_equal_the_checkpoint(
     lowered, file = lower(folder, tmp_path / "out")
     wanted = run_torch(folder)
     assert min(float(logits.std()) for logits in wanted) > 0.3
-    assert worst(run_file(file, 0), wanted) < 1e-4
-    assert worst(run_file(file, 20), wanted) < 1e-4  # one buffer for past and present
     sparse = structure in ("top-k", "all")
+    assert sparse or worst(run_file(file, 0), wanted) < 1e-4
+    assert worst(run_file(file, 20), wanted) < 1e-4  # one buffer for past and present
+    lengths = {port["shape"][2] for port in lowered.inputs[2:]}
+    assert lengths == {"slots" if sparse else "past"}
     assert lowered.operators.get("TopK", 0) == (4 if sparse else 0)
     assert lowered.operators.get("com.microsoft.GroupQueryAttention", 0) == (0 if sparse else 4)
     assert lowered.minimum["onnxruntime"] == "1.19"
@@ -128,7 +130,7 @@ def test_k_keys_that_are_all_need_no_choice(tmp_path: Path) -> None:
     small = Checkpoint.open(save_structure(tmp_path / "b", "glm-wide", top_k=12, **odd))
     assert "head_dim 24" in str(TARGET.supports(small, options))
     _, file = lower(small.path, tmp_path / "small")
-    assert worst(run_file(file, 0), run_torch(small.path)) < 1e-4
+    assert worst(run_file(file, 12), run_torch(small.path)) < 1e-4
 
 
 def test_a_large_one_is_compared_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
