@@ -130,7 +130,8 @@ class OnnxDecoderSession:
         if self.info.scores == "last":
             other = OnnxDecoderSession(self._session, self.info)
             return np.stack([other.step(int(token)) for token in tokens])
-        feeds: dict[str, Ids | Cache] = {name: self._empty(0) for name in self._names}
+        room = self._empty(len(tokens))  # top-k attention writes into it
+        feeds: dict[str, Ids | Cache] = dict.fromkeys(self._names, room)
         feeds |= {"input_ids": tokens[None], "attention_mask": np.ones((1, len(tokens)), np.int64)}
         logits: Floats = self._session.run(["logits"], feeds)[0][0]
         return logits

@@ -46,7 +46,7 @@ from pocketglm.model.spec import DecoderSpec
 from pocketglm.targets._onnx_external import ExternalData
 from pocketglm.targets._onnx_graph import MICROSOFT, GraphBuilder, Shape
 from pocketglm.targets._onnx_rows import Rows, block_of
-from pocketglm.targets._onnx_sparse import SparseAttention
+from pocketglm.targets._onnx_sparse import ROOM, SparseAttention
 
 OPSET = 17
 _POSITIONS = 4096  # of the rotary tables, computed at a time
@@ -77,11 +77,13 @@ class DecoderGraph:
             "logits": (batch, 1 if last else "sequence", spec.vocab_size)
         }
         self.past: dict[str, Shape] = {}
+        whole = top_k_of(spec, context) is None
+        past, present = ("past", "present") if whole else (ROOM, ROOM)
         for index in range(spec.num_layers):
             for part in ("key", "value"):
                 sizes = (spec.num_kv_heads, spec.head_dim)
-                self.past[f"past_key_values.{index}.{part}"] = (batch, sizes[0], "past", sizes[1])
-                self.outputs[f"present.{index}.{part}"] = (batch, sizes[0], "present", sizes[1])
+                self.past[f"past_key_values.{index}.{part}"] = (batch, sizes[0], past, sizes[1])
+                self.outputs[f"present.{index}.{part}"] = (batch, sizes[0], present, sizes[1])
 
     def build(self, reporter: Reporter) -> onnx.ModelProto:
         """The whole model: int64 ids [B, S], mask [B, T], float32 past -> logits and present."""

@@ -18,6 +18,7 @@ import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from pocketglm.contracts import Floats, Ids
+from pocketglm.targets._onnx_sparse import ROOM
 
 _PAST = "past_key_values."
 _PORTS = ("input_ids", "attention_mask")
@@ -125,10 +126,12 @@ class _Parts:
         present = [f"present.{index}.{part}" for part in ("key", "value")]
         session = self.session([name, *present], [before, *_PORTS, *past])
         known = {port.name for port in session.get_inputs()}
-        heads, size = (self.past[past[0]].type.tensor_type.shape.dim[i].dim_value for i in (1, 3))
-        nothing = np.zeros((len(x), heads, 0, size), np.int8 if self.int8 else np.float32)
         # The columns that hold a prompt; the last token's slot may lie behind them.
         width = int(prompt.sum(axis=1).max())
+        dims = self.past[past[0]].type.tensor_type.shape.dim
+        slots = width + 1 if dims[2].dim_param == ROOM else 0
+        shape = len(x), dims[1].dim_value, slots, dims[3].dim_value
+        nothing = np.zeros(shape, np.int8 if self.int8 else np.float32)
         places = np.zeros((len(x), width), np.int64)  # only how many tokens there are counts
         feed = {before: x[:, :width], "attention_mask": prompt[:, :width], "input_ids": places}
         feed = {key: value for key, value in feed.items() if key in known}
