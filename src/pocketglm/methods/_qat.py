@@ -68,8 +68,8 @@ class QatConfig(TeachingConfig, CalibratedConfig):
     )
     preset: Literal["soft", "features", "qad"] | None = Field(
         None,
-        description="learn from a float teacher too: qad (for decoders), soft or features as in "
-        "`distill`; None: the settings below",
+        description="learn from a float teacher too: qad = alpha 0.5, temperature 1 (for "
+        "decoders); soft, features as in `distill`; None: the settings below",
     )
     alpha: float = Field(
         0.0, ge=0, le=1, description="weight of the teacher's term; 1 - alpha: of the labels'"
