@@ -163,6 +163,8 @@ def test_blocks_are_as_the_reference(size: int) -> None:
         # A value in the middle of two may go either way in float32: one step of its block.
         assert np.abs(found.numpy() - wanted).max() <= 1e-5 * float(x.abs().max())
         assert found.shape == x.shape
+    turned = rows(128).T.contiguous().T  # not in order in memory
+    assert torch.equal(fake_quant_blocks(turned, size), fake_quant_blocks(rows(128), size))
     other = oracle.blocks(rows(128).double().numpy(), size // 2)
     assert np.abs(fake_quant_blocks(rows(128), size).numpy() - other).max() > 1e-3
 

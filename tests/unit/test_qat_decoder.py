@@ -87,6 +87,7 @@ def trained(source: Path, texts: DataOptions, tmp_path_factory: pytest.TempPathF
 def run(
     source: Path, out: Path, data: DataOptions, method: str = "qat", **settings: Any
 ) -> Checkpoint:
+    """As `compress`, and its size is as a dry run said; `words`: the reporter."""
     words = settings.pop("words", None)
     plan = Plan.single(method, settings)
     claim = compress(source, plan, out, data=data, cache=out.parent / "cache", dry_run=True)

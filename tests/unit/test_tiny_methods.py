@@ -74,6 +74,8 @@ def refused(source: Path, data: DataOptions, method: str, **settings: Any) -> st
         ("quantize_awq", {"tokens": TOKENS, "steps": 2}),
         ("mixed_precision", {"tokens": TOKENS}),
         ("distill", {"epochs": 0.2, "precision": "fp32"}),
+        ("qat", {"preset": "qad", "epochs": 0.2, "precision": "fp32", "scales": "learned"}),
+        ("qat", {"lora": 2, "epochs": 0.2, "precision": "fp32", "activation": "dynamic_block"}),
         ("factorize", {"tokens": TOKENS, "ratio": 0.9}),
         ("prune_unstructured", {"sparsity": 0.3}),
         ("prune_depth", {}),
@@ -183,3 +185,12 @@ def test_gptq_of_a_unified_block_is_the_oracles(
     assert oracle.error(x, weight, found.dequantized().double().numpy()) == pytest.approx(
         wanted, rel=0.01
     )
+
+
+def test_qat_without_steps_is_rounding(
+    models: dict[str, Path], data: DataOptions, tmp_path: Path
+) -> None:
+    ours, _ = run(models["all"], tmp_path / "a", data, "qat", epochs=0, embeddings=8)
+    theirs, _ = run(models["all"], tmp_path / "b", data, "quantize_rtn", bits=4, embeddings=8)
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    assert all(np.array_equal(ours.read(name), theirs.read(name)) for name in ours.tensors)

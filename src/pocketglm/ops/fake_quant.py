@@ -91,7 +91,7 @@ def fake_quant_blocks(x: Tensor, size: int) -> Tensor:
     """
     plain = x.detach().float()
     padded = F.pad(plain, (0, -x.shape[-1] % size))
-    blocks = padded.view(*padded.shape[:-1], -1, size)
+    blocks = padded.reshape(*padded.shape[:-1], -1, size)
     scale = (blocks.abs().amax(-1, keepdim=True) / HIGH).clamp_(min=torch.finfo(torch.float32).tiny)
     value: Tensor = ((blocks / scale).round_() * scale).flatten(-2)[..., : x.shape[-1]]
     value = value.to(x.dtype)
