@@ -367,10 +367,14 @@ def share(rows: Rows, name: str = "accuracy") -> float:
 
 def mean_of(bench: Bench, keys: Sequence[str], name: str = "accuracy") -> npt.NDArray[Any] | None:
     """Percent right [seeds, test rows]; None where a seed is missing."""
-    found = [bench.found(key) for key in keys]
-    if any(value is None for value in found):
-        return None
-    return 100 * np.array([value["rows"][name] for value in found])
+    found = measured(bench, keys, name)
+    return found if found is not None and len(found) == len(keys) else None
+
+
+def measured(bench: Bench, keys: Sequence[str], name: str = "accuracy") -> npt.NDArray[Any] | None:
+    """As `mean_of`, of the seeds that are there."""
+    found = [value for value in map(bench.found, keys) if value is not None]
+    return 100 * np.array([value["rows"][name] for value in found]) if found else None
 
 
 def interval(values: npt.NDArray[Any]) -> str:
@@ -390,7 +394,7 @@ def drop(baseline: npt.NDArray[Any], rows: npt.NDArray[Any]) -> str:
 
 def students_lines(bench: Bench, part: str) -> list[str]:
     base = np.array(bench.found("teacher")["accuracy"]) * 100
-    rows = {k: mean_of(bench, [f"{part}/{k}: {s}" for s in SEEDS]) for k in KINDS}
+    rows = {k: measured(bench, [f"{part}/{k}: {s}" for s in SEEDS]) for k in KINDS}
     alone = rows["alone"]
     if alone is None:
         return ["Not measured."]
@@ -403,8 +407,9 @@ def students_lines(bench: Bench, part: str) -> list[str]:
         if found is None:
             continue
         rates = bench.found(f"{part}/{'soft' if kind == 'features' else kind}: rates")
-        outside = mean_of(bench, [f"{part}/{kind}: {s}" for s in SEEDS], "oos_recall")
+        outside = measured(bench, [f"{part}/{kind}: {s}" for s in SEEDS], "oos_recall")
         seeds = " / ".join(f"{value:.2f}" for value in found.mean(1))
+        seeds += "" if len(found) == len(SEEDS) else f" ({len(SEEDS)} wanted)"
         closed = ""
         if kind != "alone":
             gain, gap = found.mean(0) - alone.mean(0), base - alone.mean(0)
