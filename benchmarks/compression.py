@@ -506,13 +506,13 @@ def plot(bench: Bench) -> str:
     for name in PRUNED:
         row = bench.found(f"prune/{name}")
         points.append((name, float(np.median(times[name])), share(row["rows"])))
-    width, height, left, bottom = 640, 400, 60, 50
-    most = max(ms for _, ms, _ in points) * 1.1
+    width, height, left, bottom, right = 700, 400, 60, 50, 110
+    most = max(ms for _, ms, _ in points) * 1.02
     low = np.floor(min(accuracy for _, _, accuracy in points)) - 1
     high = np.ceil(max(accuracy for _, _, accuracy in points)) + 0.5
 
     def at(ms: float, accuracy: float) -> tuple[float, float]:
-        x = left + ms / most * (width - left - 20)
+        x = left + ms / most * (width - left - right)
         return x, height - bottom - (accuracy - low) / (high - low) * (height - bottom - 20)
 
     parts = [
@@ -526,17 +526,22 @@ def plot(bench: Bench) -> str:
     ]
     for accuracy in np.arange(low, high + 0.1, max(1, (high - low) // 6)):
         x, y = at(0, float(accuracy))
-        parts.append(f'<path d="M{x} {y}H{width - 20}" stroke="#ddd"/>')
+        parts.append(f'<path d="M{x} {y}H{width - right}" stroke="#ddd"/>')
         parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end">{accuracy:.0f}</text>')
     for ms in np.arange(0, most, max(1, round(most / 6))):
         x, y = at(float(ms), low)
         parts.append(f'<text x="{x}" y="{y + 18}" text-anchor="middle">{ms:g}</text>')
-    for number, (name, ms, accuracy) in enumerate(points):
+    free = 0.0  # below the label before
+    for name, ms, accuracy in sorted(points, key=lambda point: -point[2]):
         x, y = at(ms, accuracy)
-        colour = "#b23a26" if name.startswith("weights") else "#0b7468"
-        up = y - 9 - 13 * (number % 2) if name.startswith("weights") else y + 20
+        single = name.startswith("weights")
+        colour, side, anchor = ("#b23a26", x + 9, "start") if single else ("#0b7468", x - 9, "end")
         parts.append(f'<circle cx="{x}" cy="{y}" r="5" fill="{colour}"/>')
-        parts.append(f'<text x="{x}" y="{up}" text-anchor="middle" fill="{colour}">{name}</text>')
+        line = max(y + 4, free) if single else y + 4
+        free = line + 13 if single else free
+        parts.append(
+            f'<text x="{side}" y="{line}" text-anchor="{anchor}" fill="{colour}">{name}</text>'
+        )
     return "\n".join([*parts, "</svg>", ""])
 
 
