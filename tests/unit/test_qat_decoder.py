@@ -219,7 +219,9 @@ def test_the_score_in_training_is_that_of_the_files(
 
 
 def test_the_teacher_is_followed(trained: Path, texts: DataOptions, tmp_path: Path) -> None:
-    """KL from the float model on held-out text: less than that of round to nearest by far."""
+    """KL from the float model, the only teacher here, on held-out text: less than that of round to
+    nearest by far.
+    """
     row = Tokenizer.load(trained).encode_prompt("the light of a door in my room was on at noon")
     ids = torch.tensor(row)[None]
 
@@ -229,7 +231,7 @@ def test_the_teacher_is_followed(trained: Path, texts: DataOptions, tmp_path: Pa
             q = load_decoder(ckpt)(ids).log_softmax(-1)
         return float((p.exp() * (p - q)).sum(-1).mean())
 
-    settings = {**QUICK, "preset": "qad", "embeddings": 4, "epochs": 6}
+    settings = {**QUICK, "preset": "qad", "alpha": 1.0, "embeddings": 4, "epochs": 6}
     before = run(trained, tmp_path / "r", texts, epochs=0, embeddings=4)
     after = run(trained, tmp_path / "q", texts, **settings)
     assert distance(after) < 0.8 * distance(before)
