@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy
@@ -151,6 +152,16 @@ def test_a_digest_that_was_begun_is_taken_and_a_changed_file_is_not(
     file.write_bytes(bytes(16))
     assert digest_files(tmp_path, [file]) != expected
     digests.begin(tmp_path / "none").join()
+
+
+def test_a_file_that_goes_before_its_digest_is_an_error_where_it_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    place = (tmp_path / "gone", 0, 1, 1)
+    begun: Future[str] = Future()
+    digests._work({place: begun})
+    with pytest.raises(FileNotFoundError, match="gone"):
+        begun.result(0)
 
 
 def test_digest_of_files_covers_names_contents_and_follows_links(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from pocketglm.data.tokenizer_training import (
     train_wordpiece,
 )
 from pocketglm.errors import CheckpointError, DataError, UnsupportedError, WorkError
+from pocketglm.text._renumber import model_of, side_files
 from pocketglm.text._vocabularies import BPE, kind_of, vocabulary_of
 from pocketglm.text.tokenizer import Tokenizer
 from pocketglm.text.trim import (
@@ -533,4 +534,32 @@ def test_ids_in_every_place(bpe: Path) -> None:
         "pad_token_id": None,
         "vocab_size": 9,
         "bad_words_ids": [[4]],
+    }
+
+
+def test_what_a_vocabulary_needs() -> None:
+    """Parts of merges before an ending; of Unigram the bytes, and every piece of a word."""
+    ending = {
+        "type": "BPE", "end_of_word_suffix": "</w>", "merges": ["a b</w>"],
+        "vocab": {"a": 0, "b</w>": 1, "ab</w>": 2},
+    }  # fmt: skip
+    assert vocabulary_of(ending).needs(2) == {0, 1, 2}
+    pieces = {
+        "type": "Unigram", "byte_fallback": True, "unk_id": None,
+        "vocab": [["a", -1.0], ["<0x41>", -2.0], ["ab", -3.0], ["c", -9.0]],
+    }  # fmt: skip
+    unigram = vocabulary_of(pieces)
+    assert unigram.fixed == {1, 3}
+    assert unigram.tried("ab") == {0, 2}
+
+
+def test_side_files_of_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no model"):
+        model_of({})
+    side = {"added_tokens_decoder": {"0": {"content": "a"}, "1": {"content": "b"}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(side))
+    content = {"model": {"type": "WordPiece", "unk_token": "a", "vocab": {"a": 0}}}
+    files, _ = side_files(tmp_path, content, np.array([1]))
+    assert json.loads(files["tokenizer_config.json"]) == {
+        "added_tokens_decoder": {"0": {"content": "b"}}
     }
