@@ -231,8 +231,9 @@ def test_the_teacher_is_followed(trained: Path, texts: DataOptions, tmp_path: Pa
             q = load_decoder(ckpt)(ids).log_softmax(-1)
         return float((p.exp() * (p - q)).sum(-1).mean())
 
-    settings = {**QUICK, "preset": "qad", "alpha": 1.0, "embeddings": 4, "epochs": 6}
-    before = run(trained, tmp_path / "r", texts, epochs=0, embeddings=4)
+    own: dict[str, Any] = {"embeddings": 4, "search": False}
+    settings = {**QUICK, "preset": "qad", "alpha": 1.0, "epochs": 6, **own}
+    before = run(trained, tmp_path / "r", texts, epochs=0, **own)
     after = run(trained, tmp_path / "q", texts, **settings)
     assert distance(after) < 0.8 * distance(before)
 
