@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -429,8 +430,9 @@ def watched(
             if index == kill_after:
                 child.kill()
         time.sleep(0.05)
-    if child.returncode and kill_after is None:
-        sys.exit(f"ended with {child.returncode}")
+    wanted = 0 if kill_after is None else -signal.SIGKILL
+    if child.returncode != wanted:
+        sys.exit(f"ended with {child.returncode} in place of {wanted}")
     return {"wall": time.monotonic() - began, "peak": peak, "blocks": sorted(blocks.items())}
 
 

@@ -29,12 +29,12 @@ from pocketglm.methods._observe import (
 from pocketglm.methods._smooth import smooth, smoothable
 from pocketglm.methods._static import (
     deployed,
-    matches,
     predicted,
     static_layers,
     token_table,
     units_of,
 )
+from pocketglm.methods._weights import skip_reasons
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import is_decoder, load_encoder, max_length_of, spec_of, stored_name
 from pocketglm.ops.calibration import Calibrator, calibrate
@@ -103,11 +103,7 @@ def static_reasons(config: CalibratedConfig, ckpt: Checkpoint, context: StepCont
         return ["it is a decoder: static inputs are for encoders; use quantize_rtn"]
     if ckpt.manifest.schemes or "quantization_config" in ckpt.config:
         return ["it is already quantized: start from the float checkpoint"]
-    reasons = [
-        f"skip: '{pattern}' matches no tensor, e.g. '*.layer.0.*'"
-        for pattern in config.skip
-        if not any(matches(name, [pattern]) for name in ckpt.tensors)
-    ]
+    reasons = skip_reasons(config.skip, ckpt)
     layers = layers_of(config, ckpt)
     units = units_of(layers)
     if context.rows is not None and not context.rows.train:

@@ -7,6 +7,7 @@ is the embedding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -52,14 +53,19 @@ class WeightConfig(Config):
     skip: list[str] = Field([], description="patterns (*, ?) of tensor names that stay float")
 
 
+def skip_reasons(skip: Sequence[str], ckpt: Checkpoint) -> list[str]:
+    """Patterns that match nothing."""
+    return [
+        f"skip: '{pattern}' matches no tensor, e.g. '*.layer.0.*'"
+        for pattern in skip
+        if not any(fnmatchcase(name, pattern) for name in ckpt.tensors)
+    ]
+
+
 def weight_reasons(config: WeightConfig, ckpt: Checkpoint) -> list[str]:
     if ckpt.manifest.schemes or "quantization_config" in ckpt.config:
         return ["it is already quantized: start from the float checkpoint"]
-    reasons = [
-        f"skip: '{pattern}' matches no tensor, e.g. '*.layer.0.*'"
-        for pattern in config.skip
-        if not any(fnmatchcase(name, pattern) for name in ckpt.tensors)
-    ]
+    reasons = skip_reasons(config.skip, ckpt)
     if config.activation == "static":
         reasons.append("activation: static needs calibration data, which this method does not see")
     schemes = (select_scheme(config, ckpt, info) for info in ckpt.tensors.values())

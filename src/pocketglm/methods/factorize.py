@@ -34,6 +34,7 @@ from pocketglm.methods._walk import (
     call,
     embedded,
 )
+from pocketglm.methods._weights import skip_reasons
 from pocketglm.model.decoder import Decoder
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import model_spec_of, stored_name
@@ -159,11 +160,7 @@ def _check(config: FactorizeConfig, ckpt: Checkpoint, context: StepContext) -> l
         return [f"its blocks are {kind}: factorize a model whose layers have blocks of their own"]
     if spec.layer_ranks:
         return ["it is factorized already: start from the model before that"]
-    reasons = [
-        f"skip: '{pattern}' matches no tensor, e.g. '*.layer.0.*'"
-        for pattern in config.skip
-        if not any(fnmatchcase(name, pattern) for name in ckpt.tensors)
-    ]
+    reasons = skip_reasons(config.skip, ckpt)
     if not any(_largest(config, ckpt)):
         reasons.append(
             f"no layer becomes smaller: with ranks in steps of {config.group_size} the factors "

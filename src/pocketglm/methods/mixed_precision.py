@@ -19,7 +19,6 @@ unit on.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +31,7 @@ from pocketglm.methods._mixed import Sensitivity, Unit, unit_name
 from pocketglm.methods._prune import load
 from pocketglm.methods._static import predicted, write_static
 from pocketglm.methods._walk import calibration_batches
-from pocketglm.methods._weights import WeightConfig, select_scheme
+from pocketglm.methods._weights import WeightConfig, select_scheme, skip_reasons
 from pocketglm.model.decoder import Decoder
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import model_spec_of, stored_name
@@ -175,11 +174,7 @@ def _budget(config: MixedConfig, ckpt: Checkpoint, units: Sequence[Unit]) -> int
 def _check(config: MixedConfig, ckpt: Checkpoint, context: StepContext) -> list[str]:
     if ckpt.manifest.schemes or "quantization_config" in ckpt.config:
         return ["it is already quantized: start from the float checkpoint"]
-    reasons = [
-        f"skip: '{pattern}' matches no tensor, e.g. '*.layer.0.*'"
-        for pattern in config.skip
-        if not any(fnmatchcase(name, pattern) for name in ckpt.tensors)
-    ]
+    reasons = skip_reasons(config.skip, ckpt)
     units = _units(config, ckpt)
     if not units:
         return [*reasons, "it has no tensor to quantize with these settings"]

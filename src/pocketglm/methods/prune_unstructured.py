@@ -25,6 +25,7 @@ from pocketglm.artifacts import safetensors
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.contracts import Config, ModelMethod, StepContext
 from pocketglm.methods._prune import quantized_reason
+from pocketglm.methods._weights import skip_reasons
 from pocketglm.model.hf import is_linear
 from pocketglm.ops.importance import Threshold, below, least, n_m_mask
 from pocketglm.ops.stored import as_array, as_tensor, check_finite
@@ -78,11 +79,7 @@ def _pattern(config: UnstructuredConfig) -> tuple[int, int] | None:
 
 def _check(config: UnstructuredConfig, ckpt: Checkpoint, context: StepContext) -> list[str]:
     reasons = quantized_reason(ckpt)
-    reasons += [
-        f"skip: '{pattern}' matches no tensor, e.g. '*.layer.0.*'"
-        for pattern in config.skip
-        if not any(fnmatchcase(name, pattern) for name in ckpt.tensors)
-    ]
+    reasons += skip_reasons(config.skip, ckpt)
     chosen = _chosen(config, ckpt)
     if not chosen:
         reasons.append("it has no weight of a linear layer to prune with these settings")
