@@ -64,7 +64,7 @@ def test_the_tour_of_a_smaller_encoder(tmp_path: Path) -> None:
         ("--minutes 2 ", "--minutes 0.1 "),
         ("commands-en --out runs/small", "commands-en --limit 600 --out runs/small"),
         ("-drop 5 ", "-drop 100 "),
-        ("--min-speedup 3 ", ""),
+        ("--min-speedup 2.5 ", ""),
     )
     assert "verdict: pass" in follow(script, tmp_path)
     assert (tmp_path / "runs/small-proof/report.html").stat().st_size > 10_000
