@@ -1,0 +1,1 @@
+"""Phones and boards as data, what was published of them, and what that predicts."""
