@@ -2,9 +2,10 @@
 
     POCKETGLM_DATA=... python benchmarks/compression.py [--work runs/compression] [PART ...]
 
-Parts, in order: teacher, students, chain, static, prune, random, proofs, speed. Resumable: each
-step is a `pocketglm` command whose finished output is reused, and what was measured is kept in
-WORK/results. Parts that do not need each other may run side by side in processes of their own.
+Parts, in order: teacher, students, chain, static, prune, proofs, speed; and random, only where it
+is named: the others take the 240 CPU minutes that all may. Resumable: each step is a `pocketglm`
+command whose finished output is reused, and what was measured is kept in WORK/results. Parts that
+do not need each other may run side by side in processes of their own.
 Learning rates are chosen on the validation rows of seed 0; test rows are read when a model is done.
 Speeds (proofs, speed) want an otherwise idle machine.
 """
@@ -57,7 +58,8 @@ KINDS: dict[str, Step] = {
     "features": {"preset": "features", **TAUGHT},
 }
 SMALL: Step = {"num_layers": 2, "hidden_size": 256, "num_heads": 8, "intermediate_size": 1024}
-RANDOM_EPOCHS = 20
+# Beyond the 240 minutes that the table may take: only where the part is named. One seed.
+RANDOM_SEEDS, RANDOM_RATES, RANDOM_EPOCHS = (0,), (5e-4, 1e-3), 20
 # Plans of plans/, and whether their students see the texts without labels, too.
 CHAINS = {"encoder-7x": False, "encoder-12x": True, "encoder-16x": True}
 HEAL: Step = {"distill": {"preset": "soft", "epochs": 2, "learning_rate": 1e-4, "batch_size": 64}}
@@ -114,8 +116,9 @@ class Kept:
             partial.replace(file)
         return value
 
-    def cpu_minutes(self) -> float:
-        files = self.kept.glob("*.json")
+    def cpu_minutes(self, of: str = "") -> float:
+        """Of all that was kept, or of what begins so."""
+        files = self.kept.glob(f"{of}*.json")
         return sum(json.loads(f.read_bytes())["cpu_seconds"] for f in files) / 60
 
 
@@ -224,12 +227,18 @@ def students(bench: Bench) -> None:
 
 def random(bench: Bench) -> None:
     """A student of other sizes, from random weights."""
-    for kind, settings in KINDS.items():
-        own = {"student": SMALL, **settings, "epochs": RANDOM_EPOCHS}
-        learned(bench, f"random/{kind}", own)
+    for kind in ("alone", "soft"):
+        own = {"student": SMALL, **KINDS[kind], "epochs": RANDOM_EPOCHS}
+        learned(bench, f"random/{kind}", own, RANDOM_RATES, RANDOM_SEEDS)
 
 
-def learned(bench: Bench, name: str, settings: Step) -> None:
+def learned(
+    bench: Bench,
+    name: str,
+    settings: Step,
+    rates: Sequence[float] = RATES,
+    seeds: Sequence[int] = SEEDS,
+) -> None:
     """Choose the rate on seed 0 by validation, then learn with every seed; test rows last.
 
     `features` takes the rate of `soft`, which is chosen in half of the epochs.
@@ -242,10 +251,10 @@ def learned(bench: Bench, name: str, settings: Step) -> None:
 
     kept, tried = name.replace("/features", "/soft"), TRIED if "augment" in settings else {}
     found = bench.once(
-        f"{kept}: rates", lambda: {f"{rate:g}": validation(one(rate, 0, **tried)) for rate in RATES}
+        f"{kept}: rates", lambda: {f"{rate:g}": validation(one(rate, 0, **tried)) for rate in rates}
     )
     best = float(max(found, key=lambda rate: found[rate]))
-    for seed in SEEDS:
+    for seed in seeds:
 
         def measure(seed: int = seed) -> Any:
             ckpt = one(best, seed)
@@ -355,8 +364,9 @@ def plain_rows(bench: Bench, file: Path) -> Rows:
 
 
 PARTS: Mapping[str, Callable[[Bench], None]] = {
-    part.__name__: part for part in (teacher, students, chain, static, prune, random, proofs, speed)
+    part.__name__: part for part in (teacher, students, chain, static, prune, proofs, speed, random)
 }
+BY_DEFAULT = [name for name in PARTS if name != "random"]
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -393,9 +403,9 @@ def drop(baseline: npt.NDArray[Any], rows: npt.NDArray[Any]) -> str:
     return f"{lost.mean():.2f} ({interval(lost[resampled(len(lost))].mean(1))})"
 
 
-def students_lines(bench: Bench, part: str) -> list[str]:
+def students_lines(bench: Bench, part: str, seeds: Sequence[int] = SEEDS) -> list[str]:
     base = np.array(bench.found("teacher")["accuracy"]) * 100
-    rows = {k: measured(bench, [f"{part}/{k}: {s}" for s in SEEDS]) for k in KINDS}
+    rows = {k: measured(bench, [f"{part}/{k}: {s}" for s in seeds]) for k in KINDS}
     alone = rows["alone"]
     if alone is None:
         return ["Not measured."]
@@ -408,9 +418,9 @@ def students_lines(bench: Bench, part: str) -> list[str]:
         if found is None:
             continue
         rates = bench.found(f"{part}/{'soft' if kind == 'features' else kind}: rates")
-        outside = measured(bench, [f"{part}/{kind}: {s}" for s in SEEDS], "oos_recall")
-        seeds = " / ".join(f"{value:.2f}" for value in found.mean(1))
-        seeds += "" if len(found) == len(SEEDS) else f" ({len(SEEDS)} wanted)"
+        outside = measured(bench, [f"{part}/{kind}: {s}" for s in seeds], "oos_recall")
+        by_seed = " / ".join(f"{value:.2f}" for value in found.mean(1))
+        by_seed += "" if len(found) == len(seeds) else f" ({len(seeds)} wanted)"
         closed = ""
         if kind != "alone":
             gain, gap = found.mean(0) - alone.mean(0), base - alone.mean(0)
@@ -418,7 +428,7 @@ def students_lines(bench: Bench, part: str) -> list[str]:
             parts = gain[index].mean(1) / np.maximum(gap[index].mean(1), 1e-9)
             closed = f"{100 * gain.mean() / gap.mean():.0f} ({interval(100 * parts)})"
         lines.append(
-            f"| {kind} | {max(rates, key=lambda rate: rates[rate])} | {seeds} | "
+            f"| {kind} | {max(rates, key=lambda rate: rates[rate])} | {by_seed} | "
             f"{found.mean():.2f} | {0 if outside is None else outside.mean():.1f} | {closed} | "
             f"{100 * found.mean() / base.mean():.1f} |"
         )
@@ -550,7 +560,7 @@ PAGE = """\
 # Making an encoder small: MiniLM on clinc150
 
 Command: `POCKETGLM_DATA=... python benchmarks/compression.py` (resumable). {today}; {versions};
-{minutes:.0f} CPU minutes, without what was found finished.
+{minutes:.0f} CPU minutes.
 
 One teacher: `pocketglm train MINILM --task intent --data clinc150 {training}`,
 {accuracy:.2f} % in scope, out-of-scope recall {recall:.1f} %. No label smoothing: it takes from the
@@ -575,7 +585,8 @@ of seed 0, of {rates}; those of distillation in half of its {epochs_of} epochs.
 
 ## A student from random weights
 
-{small}, {epochs} epochs.
+{small}, {epochs} epochs; one seed, rates of {random_rates}. Command: the same with the part
+`random`, {random_minutes:.0f} CPU minutes more.
 
 {random}
 
@@ -613,7 +624,8 @@ def page(bench: Bench) -> str:
     return PAGE.format(
         today=f"{datetime.date.today()}, {cpu()}, {os.cpu_count()} cores",
         versions=f"torch {version('torch')}, onnxruntime {version('onnxruntime')}",
-        minutes=bench.cpu_minutes(),
+        minutes=bench.cpu_minutes() - bench.cpu_minutes("random "),
+        random_minutes=bench.cpu_minutes("random "),
         training=" ".join(TEACHER),
         accuracy=share(base),
         recall=share(base, "oos_recall"),
@@ -630,7 +642,8 @@ def page(bench: Bench) -> str:
         students="\n".join(students_lines(bench, "two layers")),
         small=SMALL,
         epochs=RANDOM_EPOCHS,
-        random="\n".join(students_lines(bench, "random")),
+        random_rates=", ".join(f"{rate:g}" for rate in RANDOM_RATES),
+        random="\n".join(students_lines(bench, "random", RANDOM_SEEDS)),
         pairs=PAIRS,
         chains="\n".join(chain_lines(bench)),
         static="\n".join(static_lines(bench)),
@@ -647,7 +660,7 @@ def main() -> None:
     if not data.is_dir():
         sys.exit("set POCKETGLM_DATA to the folder that holds clinc150/")
     bench = Bench(arguments.work, data)
-    for part in arguments.parts or PARTS:
+    for part in arguments.parts or BY_DEFAULT:
         PARTS[part](bench)
     if bench.found("teacher") is None or bench.found("trim") is None:
         return

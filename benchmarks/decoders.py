@@ -15,11 +15,7 @@ import datetime
 import json
 import os
 import shutil
-import signal
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,19 +23,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import _decoders_large
 import numpy as np
 import numpy.typing as npt
 import yaml
+from _decoders_large import Large
 from compression import Kept, Step, effects, read_json_lines, resampled
 from encoder import PAIRS, cpu, pocketglm, spread
 
 from pocketglm.artifacts import safetensors
 from pocketglm.artifacts.checkpoint import Checkpoint
-from pocketglm.contracts import WORK, DataOptions, RunOptions, Silent
+from pocketglm.contracts import DataOptions, RunOptions, Silent
 from pocketglm.eval._evaluate import evaluate
 from pocketglm.model.hf import is_linear
 from pocketglm.ops.stored import parameter_counts
-from pocketglm.stages._block_step import block_parameters
 from pocketglm.stages._timing import interleave
 
 HERE = Path(__file__).parent
@@ -58,8 +55,7 @@ MIX: dict[str, tuple[str, dict[str, int | None]]] = {
 @dataclass(frozen=True)
 class Scale:
     """How much of everything. `rows`: of a set's split, at most. `further`: of steps that train;
-    `heal`: of the two that make Tiny and its twin; `commands`: of both for commands. `large`: size,
-    tokens, and the block after which it is killed.
+    `heal`: of the two that make Tiny and its twin; `commands`: of both for commands.
     """
 
     size: str = "autoglm-15m"
@@ -73,14 +69,14 @@ class Scale:
         default_factory=lambda: {"epochs": 1, "batch_size": 4, "learning_rate": 2e-4}
     )
     heal: Step = field(
-        default_factory=lambda: {"epochs": 1, "batch_size": 4, "learning_rate": 5e-4}
+        default_factory=lambda: {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3}
     )
     commands: Sequence[str] = (
         "--epochs", "3", "--batch-size", "32", "--lr", "5e-4", "--dropout", "0.1",
         "--slot-swap", "0.5", "--early-intent", "0.2", "--text-loss", "0.2",
     )  # fmt: skip
     top_k: Sequence[int] = (8, 16, 32, 64, 128, 256)
-    large: tuple[str, int, int] = ("autoglm-base", 8192, 10)
+    large: Large = field(default_factory=Large)
 
 
 SMOKE = Scale(
@@ -92,7 +88,7 @@ SMOKE = Scale(
     heal={"epochs": 0.2, "batch_size": 4, "learning_rate": 5e-4},
     commands=("--epochs", "0.1", "--batch-size", "16", "--limit", "200"),
     top_k=(8, 64),
-    large=("autoglm-15m", 1024, 3),
+    large=_decoders_large.SMOKE,
 )
 # The table, which is the head too, is INT8 in every row but fp32: the methods differ in the body.
 TABLE: Step = {"embeddings": 8}
@@ -147,7 +143,7 @@ def further(scale: Scale) -> dict[str, Row]:
 
 def twins(scale: Scale) -> dict[str, Sequence[Step]]:
     """Both learn from what `fp32` says, the same steps."""
-    teaching = {"preset": "soft", **scale.heal}
+    teaching = {"preset": "soft", "temperature": 1.0, **scale.heal}
     return {"dense twin": [{"distill": teaching}], "Tiny": [{"tiny": teaching}]}
 
 
@@ -376,78 +372,9 @@ def _with_top_k(ckpt: Path, k: int) -> Path:
 
 
 def large(bench: Bench) -> None:
-    """GPTQ of a large random model, whole and killed: memory, time of a block, the same bytes."""
-    size, tokens, block = bench.scale.large
-    ckpt = bench.work / size
-    pocketglm("init", size, "--out", str(ckpt))
-    steps = [int4("quantize_gptq", 32, tokens=tokens)]
-    opened = Checkpoint.open(ckpt)
-    table = max(info.nbytes for info in opened.tensors.values() if "embed" in info.name)
-    sizes = {
-        "parameters": sum(parameter_counts(opened).values()),
-        "block_bytes": 4 * block_parameters(opened, 0),
-        "table_bytes": table,
-    }
-    bench.once("large: sizes", lambda: sizes)
-    whole, killed = bench.work / "large-whole", bench.work / "large-killed"
-
-    def uninterrupted() -> Any:
-        shutil.rmtree(whole, ignore_errors=True)
-        return watched(bench, ckpt, steps, whole)
-
-    def interrupted() -> Any:
-        shutil.rmtree(killed, ignore_errors=True)
-        first = watched(bench, ckpt, steps, killed, kill_after=block)
-        second = watched(bench, ckpt, steps, killed)
-        digests = {Checkpoint.open(folder / "out").digest() for folder in (whole, killed)}
-        return {"first": first, "second": second, "same": len(digests) == 1}
-
-    bench.once("large: whole", uninterrupted)
-    bench.once("large: killed", interrupted)
-
-
-def watched(
-    bench: Bench, ckpt: Path, steps: Sequence[Step], folder: Path, kill_after: int | None = None
-) -> dict[str, Any]:
-    """`compress` in a process of its own, with a step cache of its own: seconds, peak resident
-    bytes, and when each block that it wrote was there. kill_after: kill -9 once this block is.
-    """
-    folder.mkdir(exist_ok=True)
-    plan = folder / "plan.yaml"
-    plan.write_text(yaml.safe_dump({"steps": list(steps)}))
-    command = ["compress", str(ckpt), "--plan", str(plan), *bench.task, "--out"]
-    before = set(_blocks(folder))
-    began, peak, blocks = time.monotonic(), 0, dict[int, float]()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "pocketglm", *command, str(folder / "out")],
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "POCKETGLM_CACHE": str(folder / "cache")},
-    )
-    while child.poll() is None:
-        peak = max(peak, _peak(child.pid))
-        for index in set(_blocks(folder)) - before - set(blocks):
-            blocks[index] = time.monotonic() - began
-            if index == kill_after:
-                child.kill()
-        time.sleep(0.05)
-    wanted = 0 if kill_after is None else -signal.SIGKILL
-    if child.returncode != wanted:
-        sys.exit(f"ended with {child.returncode} in place of {wanted}")
-    return {"wall": time.monotonic() - began, "peak": peak, "blocks": sorted(blocks.items())}
-
-
-def _blocks(folder: Path) -> list[int]:
-    """Blocks that are done and wait in the step's partial folder."""
-    files = folder.glob(f"cache/*/{WORK}/block-*.safetensors")
-    return [int(file.stem.removeprefix("block-")) for file in files]
-
-
-def _peak(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+    """GPTQ of a large random model, killed and whole: memory, time of a layer, the same bytes."""
+    _decoders_large.killed(bench, bench.scale.large)
+    _decoders_large.whole(bench, bench.scale.large)
 
 
 PARTS: Mapping[str, Callable[[Bench], None]] = {
@@ -605,31 +532,6 @@ def top_k_lines(bench: Bench) -> list[str]:
     return lines
 
 
-def large_lines(bench: Bench) -> list[str]:
-    sizes, whole, killed = (bench.found(f"large: {k}") for k in ("sizes", "whole", "killed"))
-    if whole is None:
-        return ["Not measured."]
-    least = sizes["block_bytes"] + sizes["table_bytes"]
-    gaps = np.diff([seconds for _, seconds in whole["blocks"]])
-    lines = [
-        f"Peak resident memory {whole['peak'] / 1e6:.0f} MB: {whole['peak'] / least:.2f} times a "
-        f"block in fp32 ({sizes['block_bytes'] / 1e6:.0f} MB) and the embedding as it is stored "
-        f"({sizes['table_bytes'] / 1e6:.0f} MB). A block takes {statistics.median(gaps):.1f} s "
-        f"({gaps.min():.1f}-{gaps.max():.1f}), all of it {whole['wall']:.0f} s.",
-    ]
-    if killed is None:
-        return [*lines, "", "`kill -9`: not measured."]
-    last, first = (max(killed["first"]["blocks"])[0], min(killed["second"]["blocks"])[0])
-    same = "the same bytes" if killed["same"] else "**other bytes**"
-    return [
-        *lines,
-        "",
-        f"`kill -9` once block {last} of 0..{len(whole['blocks']) - 1} was written: the same "
-        f"command goes on with block {first}, takes {killed['second']['wall']:.0f} s more, and "
-        f"writes {same} as the run that was left alone.",
-    ]
-
-
 PAGE = """\
 # Making a decoder small
 
@@ -671,9 +573,7 @@ own k; windows of 512 tokens.
 
 ## GPTQ of a large model
 
-`{large}` with random weights in bf16, {large_tokens:,} tokens to calibrate with.
-
-{large_lines}
+Random weights in bf16, {large_tokens:,} tokens to calibrate with. {large_lines}
 """
 
 
@@ -708,9 +608,8 @@ def page(bench: Bench) -> str:
         commands=" ".join(scale.commands),
         tiny="\n".join(tiny_lines(bench)),
         top_k="\n".join(top_k_lines(bench)),
-        large=scale.large[0],
-        large_tokens=scale.large[1],
-        large_lines="\n".join(large_lines(bench)),
+        large_tokens=scale.large.tokens,
+        large_lines="\n".join(_decoders_large.lines(bench, scale.large)),
         must="; ".join(
             f"{name} {least} % or more of what RTN lost, goal {goal}"
             for name, (least, goal) in MUST.items()
