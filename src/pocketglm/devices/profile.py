@@ -77,8 +77,9 @@ class Accelerator(Config):
 
 
 class Levels(Config):
-    """Versions of what an app may call. android_api, nnapi: API levels (NNAPI is deprecated from
-    35 on). coreml: the newest specification version. litert: what of LiteRT runs there.
+    """Versions of what an app may call. android_api, nnapi: API levels of the Android that it was
+    sold with (NNAPI is deprecated from 35 on). coreml: specification version of the newest iOS that
+    it runs. litert: what of LiteRT runs there.
     """
 
     android_api: Figure[int] | None = None
@@ -88,15 +89,17 @@ class Levels(Config):
 
 
 class DeviceProfile(Config):
-    """A phone or board. memory_gb: RAM, decimal GB. app_memory_mb: what one app may really use
-    before the system ends it. bandwidth_gbs: of the RAM, peak, 1e9 bytes a second.
+    """A phone or board, as it was sold. memory_gb: RAM, in GB as advertised. app_memory_mb: what one
+    app may really use before the system ends it, decimal MB; app_memory_entitled_mb: with iOS's
+    entitlement for more. bandwidth_gbs: of the RAM, peak, 1e9 bytes a second;
+    bandwidth_measured_gbs: what a program on the CPU reached.
     """
 
     title: str
     aliases: list[Name] = []
     kind: Literal["phone", "tablet", "board", "computer"]
     tier: Literal["low", "mid", "high", "flagship", "board", "edge"]
-    os: Literal["android", "ios", "linux"]
+    os: Literal["android", "ios", "linux", "macos"]
     year: Figure[int] | None
     os_version: Figure[str] | None
     soc: Figure[str]
@@ -104,7 +107,9 @@ class DeviceProfile(Config):
     isa: Isa
     memory_gb: Figure[Positive] | None
     app_memory_mb: Figure[Positive] | None
+    app_memory_entitled_mb: Figure[Positive] | None = None
     bandwidth_gbs: Figure[Positive] | None
+    bandwidth_measured_gbs: Figure[Positive] | None = None
     accelerators: list[Accelerator] = []
     levels: Levels
     sources: dict[str, Source]
