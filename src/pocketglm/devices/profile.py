@@ -9,6 +9,7 @@ file's `sources`.
 
 from __future__ import annotations
 
+import difflib
 import re
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ import yaml
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from pocketglm.contracts import Config
-from pocketglm.errors import UsageError, nearest
+from pocketglm.errors import UsageError
 
 T = TypeVar("T")
 Kind = Literal["measured", "vendor", "inferred"]
@@ -31,7 +32,7 @@ PROFILES = Path(__file__).parent / "profiles"
 
 
 class Source(Config):
-    """Where a figure is from. date: of the page, or of the day it was read."""
+    """Where a figure is from. date: of the page, or of the day it was cited."""
 
     title: str
     address: Address
@@ -89,10 +90,10 @@ class Levels(Config):
 
 
 class DeviceProfile(Config):
-    """A phone or board, as it was sold. memory_gb: RAM, in GB as advertised. app_memory_mb: what one
-    app may really use before the system ends it, decimal MB; app_memory_entitled_mb: with iOS's
-    entitlement for more. bandwidth_gbs: of the RAM, peak, 1e9 bytes a second;
-    bandwidth_measured_gbs: what a program on the CPU reached.
+    """A phone, board or computer as it was sold. memory_gb: RAM, in GB as advertised.
+    app_memory_mb: what one app may really use before the system ends it, decimal MB;
+    app_memory_entitled_mb: with iOS's entitlement for more. bandwidth_gbs: of the RAM, peak, 1e9
+    bytes a second; bandwidth_measured_gbs: what a program on the CPU reached.
     """
 
     title: str
@@ -171,5 +172,7 @@ def find_profile(name: str) -> tuple[str, DeviceProfile]:
     by_alias = {alias: own for own, profile in known.items() for alias in profile.aliases}
     own = by_alias.get(wanted, wanted)
     if own not in known:
-        raise UsageError(f"unknown device '{name}'", nearest(wanted, [*known, *by_alias]))
+        near = difflib.get_close_matches(wanted, [*known, *by_alias], n=3, cutoff=0.5)
+        guess = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UsageError(f"unknown device '{name}'", f"{guess}`pocketglm devices` lists all")
     return own, known[own]
