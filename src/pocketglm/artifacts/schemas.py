@@ -94,6 +94,45 @@ class SizesResult(Config):
     sizes: list[SizeResult]
 
 
+class FigureResult(Config):
+    """A value of a device profile, whether it was measured, and where: a key of `sources`."""
+
+    value: Any
+    kind: Literal["measured", "vendor", "inferred"]
+    source: str
+
+
+class DeviceResult(Config):
+    """A profile as in `devices/profiles/NAME.yaml`; null: unknown. `memory_gb`: RAM as advertised;
+    `app_memory_mb`: what one app may use, `app_memory_entitled_mb`: with iOS's entitlement for
+    more; `bandwidth_gbs`: peak of the RAM, `bandwidth_measured_gbs`: what a program reached.
+    """
+
+    name: str
+    title: str
+    aliases: list[str]
+    kind: str
+    tier: str
+    os: str
+    year: FigureResult | None
+    os_version: FigureResult | None
+    soc: FigureResult
+    cores: FigureResult | None
+    isa: dict[str, FigureResult | None]
+    memory_gb: FigureResult | None
+    app_memory_mb: FigureResult | None
+    app_memory_entitled_mb: FigureResult | None
+    bandwidth_gbs: FigureResult | None
+    bandwidth_measured_gbs: FigureResult | None
+    accelerators: list[dict[str, Any]]
+    levels: dict[str, FigureResult | None]
+    sources: dict[str, dict[str, str]]
+
+
+class DevicesResult(Config):
+    devices: list[DeviceResult]
+
+
 class InitResult(Config):
     """`tokenizer`: "bytes", "trained" or the folder that it was copied from."""
 
@@ -304,6 +343,7 @@ class DemoResult(Config):
 
 
 RESULTS: dict[str, type[Config]] = {
+    "devices": DevicesResult,
     "sizes": SizesResult,
     "init": InitResult,
     "inspect": InspectResult,

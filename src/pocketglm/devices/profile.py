@@ -9,6 +9,7 @@ file's `sources`.
 
 from __future__ import annotations
 
+import difflib
 import re
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ import yaml
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from pocketglm.contracts import Config
-from pocketglm.errors import UsageError, nearest
+from pocketglm.errors import UsageError
 
 T = TypeVar("T")
 Kind = Literal["measured", "vendor", "inferred"]
@@ -31,7 +32,7 @@ PROFILES = Path(__file__).parent / "profiles"
 
 
 class Source(Config):
-    """Where a figure is from. date: of the page, or of the day it was read."""
+    """Where a figure is from. date: of the page, or of the day it was cited."""
 
     title: str
     address: Address
@@ -77,8 +78,9 @@ class Accelerator(Config):
 
 
 class Levels(Config):
-    """Versions of what an app may call. android_api, nnapi: API levels (NNAPI is deprecated from
-    35 on). coreml: the newest specification version. litert: what of LiteRT runs there.
+    """Versions of what an app may call. android_api, nnapi: API levels of the Android that it was
+    sold with (NNAPI is deprecated from 35 on). coreml: specification version of the newest iOS that
+    it runs. litert: what of LiteRT runs there.
     """
 
     android_api: Figure[int] | None = None
@@ -88,15 +90,17 @@ class Levels(Config):
 
 
 class DeviceProfile(Config):
-    """A phone or board. memory_gb: RAM, decimal GB. app_memory_mb: what one app may really use
-    before the system ends it. bandwidth_gbs: of the RAM, peak, 1e9 bytes a second.
+    """A phone, board or computer as it was sold. memory_gb: RAM, in GB as advertised.
+    app_memory_mb: what one app may really use before the system ends it, decimal MB;
+    app_memory_entitled_mb: with iOS's entitlement for more. bandwidth_gbs: of the RAM, peak, 1e9
+    bytes a second; bandwidth_measured_gbs: what a program on the CPU reached.
     """
 
     title: str
     aliases: list[Name] = []
     kind: Literal["phone", "tablet", "board", "computer"]
     tier: Literal["low", "mid", "high", "flagship", "board", "edge"]
-    os: Literal["android", "ios", "linux"]
+    os: Literal["android", "ios", "linux", "macos"]
     year: Figure[int] | None
     os_version: Figure[str] | None
     soc: Figure[str]
@@ -104,7 +108,9 @@ class DeviceProfile(Config):
     isa: Isa
     memory_gb: Figure[Positive] | None
     app_memory_mb: Figure[Positive] | None
+    app_memory_entitled_mb: Figure[Positive] | None = None
     bandwidth_gbs: Figure[Positive] | None
+    bandwidth_measured_gbs: Figure[Positive] | None = None
     accelerators: list[Accelerator] = []
     levels: Levels
     sources: dict[str, Source]
@@ -166,5 +172,7 @@ def find_profile(name: str) -> tuple[str, DeviceProfile]:
     by_alias = {alias: own for own, profile in known.items() for alias in profile.aliases}
     own = by_alias.get(wanted, wanted)
     if own not in known:
-        raise UsageError(f"unknown device '{name}'", nearest(wanted, [*known, *by_alias]))
+        near = difflib.get_close_matches(wanted, [*known, *by_alias], n=3, cutoff=0.5)
+        guess = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UsageError(f"unknown device '{name}'", f"{guess}`pocketglm devices` lists all")
     return own, known[own]
