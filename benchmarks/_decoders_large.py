@@ -37,7 +37,7 @@ class Large:
     and one embedding."""
 
     size: str = "autoglm-base"
-    tokens: int = 8192
+    tokens: int = 4096
     group: int = 32
     kill_after: int = 10
     room: float = 2.5
