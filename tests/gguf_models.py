@@ -13,6 +13,7 @@ from pocketglm.data.tokenizer_training import CHAT_EOS, CHAT_SPECIAL, save_chat_
 from pocketglm.stages._parity import SAMPLES
 
 VOCAB = 420
+IDS = [5, 60, 17, 233, 301, 8, 8, 411, 64, 99, 30]
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEXTS = [

@@ -1,4 +1,4 @@
-"""targets/_gguf_tokenizer: what the file says splits texts as tokenizer.json does; no guessed name."""
+"""targets/_gguf_tokenizer: the file splits texts as tokenizer.json does, or is not written."""
 
 from __future__ import annotations
 
@@ -105,7 +105,12 @@ def test_a_token_before_every_text(tmp_path: Path) -> None:
 
 def test_an_unknown_rule_has_no_name(tmp_path: Path) -> None:
     folder = save_bpe_decoder(tmp_path / "m")
-    spaces = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
+    spaces = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "use_regex": True,
+        "trim_offsets": True,
+    }
     for rule, words in (
         (None, "(none)"),
         (spaces, "(ByteLevel)"),

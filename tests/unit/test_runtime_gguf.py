@@ -1,14 +1,15 @@
-"""runtimes/gguf: without llama-cpp-python it says what to install; with it, it is PyTorch's equal."""
+"""runtimes/gguf: without llama-cpp-python it says what to install; with it, it is as PyTorch."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_models import save_bpe_decoder
-from test_target_gguf import IDS
+from chat_decoder import edit
+from gguf_models import IDS, save_bpe_decoder
 
 from pocketglm.contracts import DecoderSession, ExportOptions, RunOptions
 from pocketglm.errors import CheckpointError, MissingExtraError, UsageError
@@ -41,6 +42,13 @@ def test_another_folder_is_refused(tmp_path: Path) -> None:
     folder = save_bpe_decoder(tmp_path / "m", "llama")
     with pytest.raises(CheckpointError, match="is not an export"):
         open_session(folder, runtime="gguf")
+
+
+def test_an_export_for_another_runtime_is_refused(model: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(model[1], tmp_path / "copy")
+    edit(tmp_path / "copy" / "export.json", runtime="onnx")
+    with pytest.raises(UsageError, match="is no GGUF export"):
+        open_session(tmp_path / "copy", runtime="gguf")
 
 
 @pytest.mark.skipif(not INSTALLED, reason="llama-cpp-python is not installed")

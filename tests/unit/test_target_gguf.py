@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_models import save_bpe_decoder
+from gguf_models import IDS, save_bpe_decoder
 from oracles import gguf_model
 from tiny_decoder import VARIANTS
 from tiny_encoder import quantize_weights, save_tiny
@@ -33,7 +33,6 @@ from pocketglm.targets._gguf_file import F32, Entry, Tensor, Writer
 from pocketglm.targets._gguf_read import GgufFile
 
 TARGET: Target = registry.load("targets", "gguf")
-IDS = [5, 60, 17, 233, 301, 8, 8, 411, 64, 99, 30]
 INT4 = TensorScheme(bits=4, group_size=32)
 INT8 = TensorScheme(bits=8)
 FORMS: dict[str, dict[str, TensorScheme]] = {
