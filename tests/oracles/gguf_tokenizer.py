@@ -107,17 +107,23 @@ def tokenize(meta: Mapping[str, Any], text: str) -> list[int]:
 def bert_words(text: str) -> list[str]:
     """Lower case without accents; punctuation and Chinese characters stand alone."""
     found = [""]
-    for letter in unicodedata.normalize("NFD", text):
+    for letter in decomposed(text):
         kind, code = unicodedata.category(letter), ord(letter)
         if letter.isspace():
             found.append("")
-        elif code in (0, 0xFFFD) or kind in ("Cc", "Cf") or kind == "Mn":
+        elif code in (0, 0xFFFD) or kind in ("Cc", "Cf") or kind.startswith("M"):
             continue
         elif kind.startswith("P") or (code < 0x7F and kind.startswith("S")) or is_chinese(code):
             found += [letter.lower(), ""]
         else:
             found[-1] += letter.lower()
     return [word for word in found if word]
+
+
+def decomposed(text: str) -> str:
+    """Letters and their accents one by one; its table has no Korean syllables."""
+    korean = range(0xAC00, 0xD7A4)
+    return "".join(c if ord(c) in korean else unicodedata.normalize("NFD", c) for c in text)
 
 
 def is_chinese(code: int) -> bool:

@@ -22,6 +22,7 @@ from pocketglm.targets._gguf_file import Writer
 from pocketglm.text.tokenizer import Tokenizer
 
 TARGET: Target = load("targets", "gguf")
+KOREAN, HINDI = "한국어", "हिन्दी"  # in one of TEXTS
 MARKED = [*TEXTS, "<|user|>\nhello<|assistant|>\n 42<|endoftext|>"]
 
 
@@ -169,8 +170,16 @@ def test_wordpiece_splits_as_tokenizer_json(tmp_path: Path) -> None:
     entries = tokens.wordpiece_metadata(Checkpoint.open(folder), 300)
     meta, ours = written(entries, tmp_path), Tokenizer.load(folder)
     assert meta["tokenizer.ggml.tokens"][:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    for text in [*TEXTS, "Ünïcödé ǅ", "zzzz ξ unknown"]:
-        assert tokenize(meta, text) == ours.encode_all([text])[0], text
+    for text in [*TEXTS, "Ünïcödé ǅ", "zzzz ξ unknown", KOREAN, HINDI]:
+        same = tokenize(meta, text) == ours.encode_all([text])[0]
+        assert same == (KOREAN not in text and HINDI not in text), text
+    note = tokens.wordpiece_note(Checkpoint.open(folder))
+    assert note is not None
+    assert "Korean" in note
+
+
+def test_letters_alone_need_no_note(tmp_path: Path) -> None:
+    assert tokens.wordpiece_note(Checkpoint.open(save_tiny(tmp_path / "m"))) is None
 
 
 def test_other_forms_of_wordpiece_are_refused(tmp_path: Path) -> None:
@@ -187,7 +196,7 @@ def test_other_forms_of_wordpiece_are_refused(tmp_path: Path) -> None:
             "continue with '@@'",
         ),
         (
-            {"model": content["model"] | {"vocab": content["model"]["vocab"] | {"##▁a": 0}}},
+            {"model": content["model"] | {"vocab": content["model"]["vocab"] | {"##▁a": 60}}},
             "two tokens are the same without '##'",
         ),
         ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "WordLevel"),

@@ -176,7 +176,7 @@ def test_the_metadata_is_the_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "words"),
     [
-        (TensorScheme(bits=8, symmetric=False), "zero points .* symmetric: true"),
+        (TensorScheme(bits=8, symmetric=False), r"zero points.* symmetric: true"),
         (TensorScheme(bits=4, group_size=16), "group_size 16: a block has 32 columns"),
         (TensorScheme(bits=8, activation="static"), "activation static"),
     ],

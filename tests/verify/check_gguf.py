@@ -99,7 +99,9 @@ def greedy(checkpoint: Path, out: Path) -> tuple[int, int]:
 def words(out: Path, *, special: bool = True) -> list[str]:
     """Sample texts that llama.cpp splits otherwise than tokenizer.json does."""
     model, ours = Model(out / "model.gguf"), Tokenizer.load(out)
-    texts = [*TEXTS, "<|user|>\nhello<|assistant|>\n 42<|endoftext|>"] if special else TEXTS
+    # WordPiece: llama.cpp takes Korean and Hindi apart in another way; lower() says so.
+    texts = [text for text in TEXTS if special or "한국어" not in text]
+    texts += ["<|user|>\nhello<|assistant|>\n 42<|endoftext|>"] if special else []
     kind = read_export(out).kind
     different = []
     for text in texts:

@@ -13,12 +13,14 @@ form, lower case. What special tokens and words become:
     a token before every text               bos, with add_bos_token
     WordPiece `##ing`, `run`                `ing`, `▁run`
 
-Two differences are left, both rare: NFC, which Qwen's tokenizer puts before, is not made; words of
-more than 100 letters are taken apart, where WordPiece says unknown.
+Differences that are left: NFC, which Qwen's tokenizer puts before, is not made. In WordPiece, words
+of more than 100 letters are taken apart, where tokenizer.json says unknown; Korean syllables stay
+whole; vowel signs (Hindi and the like) are dropped as if they were accents (`wordpiece_note`).
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -265,6 +267,18 @@ def wordpiece_metadata(ckpt: Checkpoint, vocab_size: int) -> dict[str, Entry]:
         "add_sep_token": Entry("bool", True),
     }
     return {f"{_KEY}{key}": entry for key, entry in entries.items()}
+
+
+def wordpiece_note(ckpt: Checkpoint) -> str | None:
+    """What to tell of a vocabulary with Korean letters or vowel signs, else None."""
+    names = _File.read(ckpt).tokenizer.inner.get_vocab(with_added_tokens=True)
+    letters = set("".join(names))
+    if not any("\u1100" <= c <= "\u11ff" or unicodedata.category(c) == "Mc" for c in letters):
+        return None
+    return (
+        "llama.cpp's own tokenizer takes Korean, and scripts with vowel signs such as Hindi, apart "
+        "in another way; tokens made by tokenizer.json are right"
+    )
 
 
 def _named(file: _File, token: str) -> int | None:

@@ -121,6 +121,8 @@ def _plan(
         spec = spec_of(ckpt)
         numbers = encoder.metadata(spec, labels_of(ckpt), length)
         words = tokens.wordpiece_metadata(ckpt, spec.vocab_size)
+        if note := tokens.wordpiece_note(ckpt):
+            reporter.say(note)
         return list(encoder.sources(spec, length)), numbers | words
     of = decoder_spec_of(ckpt)
     if note := tokens.prefix_note(ckpt):
