@@ -42,7 +42,7 @@ def bpe(rule: str, vocab: int = VOCAB) -> Tokenizer:
     digits = r"\p{N}" if rule == "qwen2" else r"\p{N}{1,3}"
     split = pre_tokenizers.Split(Regex(LETTERS + digits + REST), "isolated")
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    steps = {
+    steps: list[Any] = {
         "gpt-2": [whole],
         "smollm": [pre_tokenizers.Digits(individual_digits=True), whole],
     }.get(rule, [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

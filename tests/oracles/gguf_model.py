@@ -62,7 +62,7 @@ class File:
     def read(cls, path: Path) -> File:
         reader = gguf.GGUFReader(str(path))
         meta = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {}
+        tensors: dict[str, Array] = {}
         for tensor in reader.tensors:
             kind, data = tensor.tensor_type.name, np.array(tensor.data)
             if kind in ("F32", "F16"):
@@ -194,5 +194,7 @@ def pooled(file: File, ids: Sequence[int]) -> Array:
         x = layer_norm(x + file.linear(inner, f"{at}.ffn_down"), file, f"{at}.layer_output_norm")
     kind = int(file.key("pooling_type"))
     if kind == 4:  # LLAMA_POOLING_TYPE_RANK
-        return file.linear(np.tanh(file.linear(x[:1], "cls")), "cls.output")[0]
-    return x.mean(0) if kind == 1 else x[0]
+        scores = file.linear(np.tanh(file.linear(x[:1], "cls")), "cls.output")
+        return scores.reshape(-1)
+    out: Array = x.mean(0) if kind == 1 else x[0]
+    return out

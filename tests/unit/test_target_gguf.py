@@ -147,7 +147,7 @@ def test_layers_that_share_a_block_each_get_it(tmp_path: Path) -> None:
         assert not np.array_equal(second, third)
 
 
-_WIDE = {"vocab_size": 426, "eos_ids": (1,)}
+_WIDE: dict[str, Any] = {"vocab_size": 426, "eos_ids": (1,)}
 
 
 def test_the_metadata_is_the_models(tmp_path: Path) -> None:
@@ -229,7 +229,11 @@ def test_other_refusals(tmp_path: Path) -> None:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     }
-    over = {"rope_parameters": stretched, "attention_bias": True, "hidden_act": "gelu"}
+    over: dict[str, Any] = {
+        "rope_parameters": stretched,
+        "attention_bias": True,
+        "hidden_act": "gelu",
+    }
     folder = save_bpe_decoder(tmp_path / "m", "qwen3", **over)
     ckpt = Checkpoint.open(folder)
     manifest = ckpt.manifest.model_copy(update={"cache": CacheScheme()})

@@ -76,7 +76,7 @@ class _Graph:
 
     def split(self, x: Tensor, size: int) -> Tensor:
         """[B, S, heads * size] -> [B, heads, S, size]."""
-        return x.unflatten(-1, (-1, size)).transpose(1, 2)
+        return x.view(*x.shape[:-1], -1, size).transpose(1, 2)
 
 
 class _Decoder(_Graph):
