@@ -42,10 +42,9 @@ def bpe(rule: str, vocab: int = VOCAB) -> Tokenizer:
     digits = r"\p{N}" if rule == "qwen2" else r"\p{N}{1,3}"
     split = pre_tokenizers.Split(Regex(LETTERS + digits + REST), "isolated")
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    steps: list[Any] = {
-        "gpt-2": [whole],
-        "smollm": [pre_tokenizers.Digits(individual_digits=True), whole],
-    }.get(rule, [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    steps: list[Any] = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    if rule in ("gpt-2", "smollm"):
+        steps = [pre_tokenizers.Digits(individual_digits=True), whole][rule == "gpt-2" :]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

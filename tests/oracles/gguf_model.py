@@ -69,7 +69,7 @@ class File:
                 tensors[tensor.name] = data.astype(np.float64)
             else:
                 q, scales = quantized_rows(data, {"Q8_0": 34, "Q4_0": 18}[kind])
-                tensors[tensor.name] = q * np.repeat(scales, 32, axis=1)
+                tensors[tensor.name] = q.astype(np.float64) * np.repeat(scales, 32, axis=1)
         return cls(meta, tensors)
 
     @property

@@ -215,10 +215,8 @@ def bpe_metadata(
     file = _File.read(ckpt)
     names = file.tokenizer.inner.get_vocab(with_added_tokens=True)
     merges = [m if isinstance(m, str) else " ".join(m) for m in file.model["merges"]]
-    before, ends = (
-        file.before,
-        [*eos] or [token for token in (file.id("eos_token"),) if token is not None],
-    )
+    before, usual = file.before, file.id("eos_token")
+    ends = list(eos) if eos or usual is None else [usual]
     first = before[0] if len(before) == 1 else ends[0] if bos is None else bos
     ids: dict[str, int | None] = dict(zip(("eos", "eot", "eom"), ends, strict=False))
     ids |= {"bos": first, "padding": file.id("pad_token")}
