@@ -8,8 +8,8 @@ which compares the logits of the whole file; then greedy tokens, llama.cpp's own
 sample texts, the tokens that end a text and the chat template are compared. Encoders: MiniLM as an
 embedding model, and a small classifier. Prints a line for each; exits 1 if one disagrees.
 
-Greedy tokens must be equal in float32. Elsewhere llama.cpp rounds the layers' inputs, so a token
-may differ where PyTorch's two best logits are nearly the same: within the difference of the logits.
+Greedy tokens must be equal in float32. Elsewhere llama.cpp rounds the layers' inputs, so it may
+choose a token whose logit is within a quarter of the logits' standard deviation of PyTorch's best.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pocketglm.stages.export import export  # noqa: E402
 from pocketglm.text.chat import read_template  # noqa: E402
 from pocketglm.text.tokenizer import Tokenizer  # noqa: E402
 
-NEW = 24
+NEW, TIE = 24, 0.25
 ONE = RunOptions(threads=1)
 INT8 = TensorScheme(bits=8)
 INT4 = TensorScheme(bits=4, group_size=32)
@@ -80,20 +80,21 @@ def exported(folder: Path) -> tuple[Path, float]:
 
 
 def greedy(checkpoint: Path, out: Path) -> tuple[int, int]:
-    """Tokens that agree, of how many; a near tie is no disagreement, and goes PyTorch's way."""
+    """Of NEW tokens, PyTorch's greedy ones: how many llama.cpp chooses too, and how many other
+    choices are near ties.
+    """
     wanted, found = open_decoder(checkpoint, ONE), open_decoder(out, ONE)
     prompt = Tokenizer.load(checkpoint).encode_prompt(TEXTS[3])
     ours, theirs = wanted.prefill(prompt), found.prefill(prompt)
-    equal = 0
+    equal = ties = 0
     for _ in range(NEW):
-        token = int(ours.argmax())
-        tie = float(ours.max() - ours[theirs.argmax()]) <= 2 * float(np.abs(ours - theirs).max())
-        exact = read_export(out).activation == "none"
-        equal += token == int(theirs.argmax()) if exact else tie
+        token, other = int(ours.argmax()), int(theirs.argmax())
+        equal += token == other
+        ties += token != other and float(ours[token] - ours[other]) <= TIE * float(ours.std())
         ours, theirs = wanted.step(token), found.step(token)
     wanted.close()
     found.close()
-    return equal, NEW
+    return equal, ties
 
 
 def words(out: Path, *, special: bool = True) -> list[str]:
@@ -130,13 +131,14 @@ def decoders(folder: Path) -> int:
             over: dict[str, Any] = {"dtype": torch.float16} if form == "F16" else {}
             checkpoint = save_bpe_decoder(folder / f"{name}-{form}", name, rule, **over)
             out, difference = exported(quantize_weights(checkpoint, schemes))
-            equal, of = greedy(checkpoint, out)
+            equal, ties = greedy(checkpoint, out)
             other, ended = words(out), ends(out)
-            good = equal == of and not other and ended
+            allowed = 0 if form == "F32" else ties
+            good = equal + allowed == NEW and not other and ended
             failed += not good
             print(
                 f"{'ok' if good else 'FAILED'}: {name} {form}: logits differ by {difference:.2g}, "
-                f"{equal}/{of} greedy tokens equal, tokenization ({rule}) "
+                f"{equal}/{NEW} greedy tokens equal ({ties} near ties), tokenization ({rule}) "
                 f"{f'differs: {other}' if other else 'equal'}, "
                 f"{'ends and template right' if ended else 'ENDS OR TEMPLATE WRONG'}",
                 flush=True,
