@@ -14,6 +14,7 @@ from gguf_models import IDS, save_bpe_decoder
 from pocketglm.contracts import DecoderSession, ExportOptions, RunOptions
 from pocketglm.errors import CheckpointError, MissingExtraError, UsageError
 from pocketglm.runtimes import open_decoder, open_session
+from pocketglm.stages._measure import sample
 from pocketglm.stages.export import export
 
 INSTALLED = importlib.util.find_spec("llama_cpp") is not None
@@ -36,6 +37,12 @@ def test_a_missing_package_is_named(model: tuple[Path, Path]) -> None:
     with pytest.raises(MissingExtraError) as error:
         open_session(model[1])
     assert error.value.hint == "pip install 'pocketglm[llama]'"
+
+
+def test_timing_takes_the_vocabulary_from_the_export(model: tuple[Path, Path]) -> None:
+    ids, mask = sample(model[1], 2, 400)
+    assert (ids.shape, int(mask.sum())) == ((2, 400), 800)
+    assert 300 < ids.max() < 426
 
 
 def test_another_folder_is_refused(tmp_path: Path) -> None:
