@@ -66,6 +66,7 @@ OPTIONAL = (
     "litert_torch",
     "ai_edge_litert",
     "gguf",
+    "llama_cpp",
     "optuna",
     "ray",
     "plotly",

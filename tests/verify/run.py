@@ -19,11 +19,22 @@ CHECKS = {
     "Transformers.js opens the encoder exports": [
         sys.executable, "tests/verify/check_transformers_js.py",
     ],
+    "llama.cpp opens the GGUF exports": [
+        sys.executable, "tests/verify/check_gguf.py",
+    ],
     "report.html in headless Chromium, wide and phone-sized": [
         sys.executable, "tests/verify/check_report.py",
     ],
 }  # fmt: skip
-PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "compressed-tensors", "accelerate")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "compressed-tensors",
+    "accelerate",
+    "gguf",
+)
 
 
 def run(command: list[str]) -> tuple[str, str, float]:

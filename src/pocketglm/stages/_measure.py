@@ -27,6 +27,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from pocketglm.artifacts.checkpoint import read_json
+from pocketglm.artifacts.export import is_export, read_export
 from pocketglm.contracts import DecoderSession, EncoderSession, Ids, RunOptions
 from pocketglm.errors import InputError, MissingExtraError, PocketError, UsageError, WorkError
 from pocketglm.runtimes import open_session
@@ -48,7 +49,8 @@ def peak_rss() -> int:
 
 def sample(path: Path, batch: int, tokens: int) -> tuple[Ids, Ids]:
     """Random ids of the model's vocabulary and a full mask, both [batch, tokens]."""
-    size = int(read_json(path / "config.json").get("vocab_size", 2))
+    size = read_export(path).vocab_size if is_export(path) else 0
+    size = size or int(read_json(path / "config.json").get("vocab_size", 2))
     ids = np.random.default_rng(0).integers(0, size, (batch, tokens), np.int64)
     return ids, np.ones_like(ids)
 

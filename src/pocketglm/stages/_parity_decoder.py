@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.export import ExportManifest, Parity
 from pocketglm.contracts import ExportOptions, Floats, Ids, Reporter, RunOptions, Target
-from pocketglm.errors import ParityError
+from pocketglm.errors import MissingExtraError, ParityError
 from pocketglm.model.hf import decoder_spec_of, stored_name
 from pocketglm.model.inputs import layer_scales
 from pocketglm.model.layers import Block, bare_modules, rotation
@@ -37,7 +37,7 @@ from pocketglm.runtimes import open_decoder
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.stages._file_cache import FileCache
 from pocketglm.stages._memory import Ceiling, resident
-from pocketglm.stages._parity import FLOAT_TOLERANCE, SAMPLES, judge, worst
+from pocketglm.stages._parity import FLOAT_TOLERANCE, SAMPLES, by_parts, judge, worst
 from pocketglm.text.tokenizer import Tokenizer
 
 WHOLE = 200_000_000  # parameters up to which the whole model is compared
@@ -98,18 +98,12 @@ def _check(
     finally:
         torch.set_num_threads(threads)
     if not whole:
-        std = float(wanted.std())
-        return Parity(
-            scope="blocks",
-            n=len(ids),
-            output_max_abs=blocks["head"],
-            output_std=std,
-            tolerance=FLOAT_TOLERANCE * max(1.0, std),
-            agreement=None,
-            blocks=blocks,
-        )
+        return by_parts(blocks, wanted)
     reporter.say("checking parity of the whole file, graph optimizer on and off")
-    shipped, plain = (_run(folder, ids, mask, optimize) for optimize in (True, False))
+    try:
+        shipped, plain = (_run(folder, ids, mask, optimize) for optimize in (True, False))
+    except MissingExtraError as error:
+        return by_parts(blocks, wanted, error, reporter)
     return judge(manifest, wanted, shipped, plain, blocks, classes=True)
 
 
