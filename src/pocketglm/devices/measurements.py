@@ -19,7 +19,8 @@ Count = Annotated[int, Field(ge=1)]
 class Model(Config):
     """Shape of a measured model. parameters: all; embedding: of them, those of a token table that
     is only looked up (0 where the head shares it, which reads all of it for every token).
-    kv_bytes_per_token: of an fp16 cache.
+    kv_bytes_per_token: of an fp16 cache. prompt_parameters: those that every token of a prompt
+    passes through (without the head, and without layers that only the last token needs).
     """
 
     kind: Literal["decoder", "encoder"]
@@ -28,6 +29,7 @@ class Model(Config):
     layers: Count
     hidden_size: Count
     kv_bytes_per_token: Annotated[float, Field(ge=0)] = 0
+    prompt_parameters: Positive | None = None
     source: str
 
 
