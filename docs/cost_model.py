@@ -21,9 +21,8 @@ from typing import Any
 
 import yaml
 
-from pocketglm.devices.fit import Row, fit, rows_of
+from pocketglm.devices.fit import fit, rows_of
 from pocketglm.devices.fit_sizes import (
-    Size,
     fit_load,
     fit_memory,
     fit_watts,
@@ -87,7 +86,9 @@ def found() -> Found:
     loads = sizes_of(points, profiles, load_figure)
     watts = sizes_of(points, profiles, lambda point: point.watts)
     layout, offsets = fit(rows)
-    rates = {unit: layout.rates(offsets, unit).model_dump() for unit in layout.units}
+    rates: dict[str, Any] = {
+        unit: layout.rates(offsets, unit).model_dump() for unit in layout.units
+    }
     for runtime, unit in layout.pairs:
         rates[f"{runtime}/{unit}"] = layout.rates(offsets, unit, runtime).model_dump()
     errors = [*time_errors(rows, lambda row: row.chip), *memory_errors(sizes)]
@@ -190,10 +191,7 @@ def shares(result: Found) -> str:
         ("runtime/unit", "memory", "gemv", "gemm", "gemm_float", "cache", "node, µs"),
         (
             [f"`{key}`"]
-            + [
-                f"{one[share]:.3g}"
-                for share in ("memory", "gemv", "gemm", "gemm_float", "cache")
-            ]
+            + [f"{one[share]:.3g}" for share in ("memory", "gemv", "gemm", "gemm_float", "cache")]
             + [f"{1e6 * one['node_s']:.3g}"]
             for key, one in rates.items()
         ),
@@ -250,16 +248,12 @@ def host() -> str:
                 "yes" if inside else "no",
             ]
         )
-    wrong = median(
-        abs(one["predicted"]["value"] / one["measured"] - 1) for one in kept["rows"]
-    )
+    wrong = median(abs(one["predicted"]["value"] / one["measured"] - 1) for one in kept["rows"])
     held = mean(
         one["predicted"]["low"] <= one["measured"] <= one["predicted"]["high"]
         for one in kept["rows"]
     )
-    shown = table(
-        ("export", "quantity", "predicted", "measured", "error", "in the interval"), rows
-    )
+    shown = table(("export", "quantity", "predicted", "measured", "error", "in the interval"), rows)
     return f"""
 ## Checked on one machine
 
@@ -280,7 +274,8 @@ def page(result: Found) -> str:
         f"{key} {value:g} W" for key, value in sorted(result.constants["watts"].items())
     )
     details = "\n".join(
-        f"<details><summary>{quantity}</summary>\n\n{points_table(result, quantity)}\n\n</details>\n"
+        f"<details><summary>{quantity}</summary>\n\n{points_table(result, quantity)}\n\n"
+        "</details>\n"
         for quantity in QUANTITIES
     )
     return f"""# Cost model
@@ -293,7 +288,8 @@ interval.
 
 ## How it computes
 
-    one token     (weights + cache * kv) / (memory * bandwidth) + operations / (gemv * peak) + nodes * node
+    one token     (weights + cache * kv) / (memory * bandwidth) + operations / (gemv * peak)
+                  + nodes * node
     a prompt      weights / (memory * bandwidth) + operations / (gemm * peak) + nodes * node
     a text        as a prompt, for an encoder
     first token   prompt + one token
@@ -306,11 +302,11 @@ interval.
   only.
 - bandwidth and peak: from the device's profile. CPU: vector pipes of four cores (as runtimes take;
   `threads` says otherwise) times clock times multiply-adds a cycle, by instruction set (plain NEON
-  4, dot product or VNNI 16, I8MM 32 on 8-bit integers, 4 on floats; SME2's unit is added). GPU, NPU:
-  its published TOPS, a quarter of them on floats; without any: operations per byte of bandwidth
-  usual in its year.
-- memory, gemv, gemm: shares of that, fitted by runtime and unit in log space. A runtime's share is
-  its unit's times a correction that is drawn to 1, so that few rows move it little. Rows of one
+  4, dot product or VNNI 16, I8MM 32 on 8-bit integers, 4 on floats; SME2's unit is added). GPU and
+  NPU: its published TOPS, a quarter of them on floats; without any: operations per byte of
+  bandwidth usual in its year.
+- memory, gemv, gemm: shares of that, fitted by runtime and unit in log space. A runtime's share
+  is its unit's times a correction that is drawn to 1, so that few rows move it little. Rows of one
   source and device together count as the root of their number; gross errors count linearly.
 - Prompts of less than 32 tokens are not fitted: they time the paging-in of the file.
 
@@ -337,8 +333,8 @@ quantity. "In the interval" is measured with factors from the other chips only.
 
 - Load time is null: {"the published ones differ by a factor of " + figure(load)} from any model of
   them (from 11 ms to 19 s), since they depend on what the system has cached.
-- Energy is null but where somebody published watts of such a device and unit: {watts}. Nobody's
-  phone CPU or GPU is among them.
+- Energy is null but where somebody published watts of such a device and unit:
+  {watts}. Nobody's phone CPU or GPU is among them.
 - A runtime without rows on a unit (ONNX Runtime on a CPU) gets its unit's shares, and an interval
   as wide as the errors on runtimes that were left out.
 - Heat: published rows are short runs. A phone that answers for minutes gets slower.
@@ -411,11 +407,12 @@ def same(old: str, new: str) -> bool:
     if NUMBER.sub("#", old) != NUMBER.sub("#", new):
         return False
     pairs = zip(NUMBER.findall(old), NUMBER.findall(new), strict=True)
-    return all(
-        was == now
-        or abs(float(was) - float(now)) <= max(CLOSE * abs(float(was)), float(was.lstrip("+-").isdecimal()))
-        for was, now in pairs
-    )
+
+    def close(was: str, now: str) -> bool:
+        whole = was.lstrip("+-").isdecimal()
+        return abs(float(was) - float(now)) <= max(CLOSE * abs(float(was)), float(whole))
+
+    return all(was == now or close(was, now) for was, now in pairs)
 
 
 def main() -> None:

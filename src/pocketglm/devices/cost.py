@@ -178,9 +178,7 @@ def _times(
     return found
 
 
-def _load(
-    fitted: Constants, workload: Workload, unit: Unit, notes: list[str]
-) -> Interval | None:
+def _load(fitted: Constants, workload: Workload, unit: Unit, notes: list[str]) -> Interval | None:
     load = fitted.load.get(unit)
     factor = fitted.factor("load", unit)
     if load is None or factor is None:
@@ -214,9 +212,7 @@ def _energy(
     notes: list[str],
 ) -> Interval | None:
     """Watts that such devices draw, times the time."""
-    watts = _around(
-        fitted.watts.get(f"{device.kind}/{unit}", 0.0), fitted.factor("watts", unit)
-    )
+    watts = _around(fitted.watts.get(f"{device.kind}/{unit}", 0.0), fitted.factor("watts", unit))
     if latency is None or watts is None or not watts.value:
         if latency is not None:
             notes.append(f"no energy: nobody published watts of a {device.kind}'s {unit}")

@@ -36,13 +36,13 @@ WHOLE = ("litert",)  # runtimes that read all of a cache of fixed size
 
 SHARES = ("memory", "gemv", "gemm", "gemm_float", "cache", "node_s")
 PRIOR: dict[str, dict[str, float]] = {
-    "cpu": dict(memory=0.5, gemv=0.2, gemm=0.1, gemm_float=0.3, cache=1, node_s=5e-6),
-    "gpu": dict(memory=0.5, gemv=0.1, gemm=0.1, gemm_float=0.1, cache=1, node_s=1e-5),
-    "npu": dict(memory=0.5, gemv=0.1, gemm=0.1, gemm_float=0.1, cache=1, node_s=5e-6),
+    "cpu": {"memory": 0.5, "gemv": 0.2, "gemm": 0.1, "gemm_float": 0.3, "cache": 1, "node_s": 5e-6},
+    "gpu": {"memory": 0.5, "gemv": 0.1, "gemm": 0.1, "gemm_float": 0.1, "cache": 1, "node_s": 1e-5},
+    "npu": {"memory": 0.5, "gemv": 0.1, "gemm": 0.1, "gemm_float": 0.1, "cache": 1, "node_s": 5e-6},
 }
 # Deviations, in logs, of a unit's and of a runtime's offset.
-WIDE = dict(memory=0.25, gemv=1.0, gemm=1.0, gemm_float=1.0, cache=0.7, node_s=1.0)
-NARROW = dict(memory=0.2, gemv=0.4, gemm=0.4, gemm_float=0.4, cache=0.4, node_s=0.4)
+WIDE = {"memory": 0.25, "gemv": 1.0, "gemm": 1.0, "gemm_float": 1.0, "cache": 0.7, "node_s": 1.0}
+NARROW = {"memory": 0.2, "gemv": 0.4, "gemm": 0.4, "gemm_float": 0.4, "cache": 0.4, "node_s": 0.4}
 NOISE, HUBER = 0.25, 1.5  # a row's usual error in logs; errors beyond so many of it count linearly
 STEPS, STILL = 200, 1e-10
 
@@ -153,10 +153,12 @@ class Layout:
     def __init__(self, pairs: Sequence[tuple[str, Unit]]) -> None:
         self.pairs = sorted(set(pairs))
         self.units: list[Unit] = sorted({unit for _, unit in self.pairs})
-        self._keys: list[tuple[str, str, str]] = [
+        self._keys: list[tuple[str, Unit, str]] = [
             ("", unit, share) for unit in self.units for share in SHARES
         ] + [(*pair, share) for pair in self.pairs for share in SHARES]
-        self._place = {key: place for place, key in enumerate(self._keys)}
+        self._place: dict[tuple[str, str, str], int] = {
+            key: place for place, key in enumerate(self._keys)
+        }
         self.deviations = np.array(
             [(NARROW if runtime else WIDE)[share] for runtime, _, share in self._keys]
         )
@@ -221,7 +223,12 @@ class Times:
         seconds = moved + work + nodes
         slopes = np.zeros((len(seconds), self._size))
         each = np.arange(len(seconds))
-        for name, part in (("memory", -moved), ("cache", cache), ("work", -work), ("node_s", nodes)):
+        for name, part in (
+            ("memory", -moved),
+            ("cache", cache),
+            ("work", -work),
+            ("node_s", nodes),
+        ):
             _, wide, own, has = self._columns[name]
             slopes[each, wide] += part / seconds
             slopes[each, own] += has * part / seconds

@@ -1,6 +1,6 @@
 """Fitting memory, load time and power to the published rows: the small parts of the cost model.
 
-    peak memory   weights * (1 + slope) + cache + fixed + work * scores     (slope, fixed, work >= 0)
+    peak memory   weights * (1 + slope) + cache + fixed + work * scores   (none below zero)
     load          fixed + file / rate
     power         the middle of the published watts of such a device and unit
 
@@ -27,11 +27,11 @@ from pocketglm.devices.roofline import Workload
 Amount = Annotated[float, Field(ge=0)]
 MB = 1e6
 HEAD_SIZE = 64  # of an encoder's attention, to count its heads by
-MEMORY_PRIOR = dict(slope=0.1, fixed_decoder=400.0, fixed_encoder=15.0, work=8.0)
-MEMORY_DEVIATIONS = dict(slope=1.0, fixed=0.7, work=0.7)
+MEMORY_PRIOR = {"slope": 0.1, "fixed_decoder": 400.0, "fixed_encoder": 15.0, "work": 8.0}
+MEMORY_DEVIATIONS = {"slope": 1.0, "fixed": 0.7, "work": 0.7}
 MEMORY_NOISE = 0.15
-LOAD_PRIOR = dict(fixed=0.02, rate=500.0)  # seconds, MB a second
-LOAD_DEVIATIONS, LOAD_NOISE = dict(fixed=2.0, rate=1.5), 0.5
+LOAD_PRIOR = {"fixed": 0.02, "rate": 500.0}  # seconds, MB a second
+LOAD_DEVIATIONS, LOAD_NOISE = {"fixed": 2.0, "rate": 1.5}, 0.5
 
 
 class Memory(Config):

@@ -85,9 +85,7 @@ def time_errors(rows: Sequence[Row], part: Callable[[Row], Hashable]) -> list[Er
         predicted, measured = (
             (seconds, row.seconds) if amount is None else (amount / seconds, amount / row.seconds)
         )
-        errors.append(
-            Error(row, row.quantity, row.point.unit, row.chip, predicted, measured)
-        )
+        errors.append(Error(row, row.quantity, row.point.unit, row.chip, predicted, measured))
     return errors
 
 

@@ -10,12 +10,12 @@ from pocketglm.devices.roofline import Machine, Unit
 # 128-bit vector pipes of a core, by its name; x86 cores are counted in the same 128-bit pipes.
 PIPES = (
     (r"oryon|cortex-x|\bc1-(ultra|premium)|firestorm|avalanche|everest|performance|p-core", 4.0),
-    (r"zen 5|lion|sapphire|golden", 8.0),
-    (r"zen|skymont|redwood|raptor", 4.0),
+    (r"avx-?512|zen 5|lion|sapphire|golden", 8.0),
+    (r"avx2|zen|skymont|redwood|raptor", 4.0),
     (r"cortex-a5|c1-nano|silver", 1.0),
 )
 OTHER_PIPES = 2.0
-# Multiply-adds that one pipe does in a cycle: of 8-bit integers, by the instructions, and of floats.
+# Multiply-adds of one pipe in a cycle: of 8-bit integers, by the instructions, and of floats.
 PLAIN, DOT, MATRIX = 4.0, 16.0, 32.0
 FLOAT = 4.0
 # SME2's matrix unit: operations a cycle of the fastest core, one unit a device.

@@ -88,7 +88,8 @@ class Measurements(Config):
             ("model", {point.model for point in self.points}, set(self.models)),
             (
                 "source",
-                {item.source for item in (*self.points, *self.models.values())},
+                {point.source for point in self.points}
+                | {model.source for model in self.models.values()},
                 set(self.sources),
             ),
         ):
