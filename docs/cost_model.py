@@ -258,8 +258,12 @@ def host() -> str:
 ## Checked on one machine
 
 `python benchmarks/cost_host.py` builds {kept["exports"]} exports, measures this machine
-(`pocketglm.devices.here`), predicts and runs `pocketglm bench`. No published row is of ONNX Runtime
-on a CPU, so this is a runtime that the fit has never seen. {kept["machine"]}
+(`pocketglm.devices.here`), predicts and runs `pocketglm bench`. It is the machine of the only rows
+of ONNX Runtime on a CPU (this repository's own benchmarks, made while it was idle), so the check is
+of other exports, not of another machine; that one is in the tables below, where the fit has seen
+neither the machine nor the runtime.
+
+{kept["machine"]}
 
 Median error {percent(wrong)}; {percent(held)} of the figures lie in their interval.
 
@@ -331,12 +335,14 @@ quantity. "In the interval" is measured with factors from the other chips only.
 
 ## What it does not know
 
-- Load time is null: {"the published ones differ by a factor of " + figure(load)} from any model of
-  them (from 11 ms to 19 s), since they depend on what the system has cached.
+- Load time is null: {"the published ones differ by a factor of " + figure(load)} from
+  any model of them (from 11 ms to 19 s), since they depend on what the system has cached.
 - Energy is null but where somebody published watts of such a device and unit:
   {watts}. Nobody's phone CPU or GPU is among them.
-- A runtime without rows on a unit (ONNX Runtime on a CPU) gets its unit's shares, and an interval
-  as wide as the errors on runtimes that were left out.
+- A runtime without rows on a unit (Core ML on a CPU) gets its unit's shares, and an interval as wide
+  as the errors on runtimes that were left out.
+- ONNX Runtime on a CPU has rows of one machine only, this project's own; its memory is that of a
+  Python process, which a phone's app does not carry.
 - Heat: published rows are short runs. A phone that answers for minutes gets slower.
 - The article's own three rows say neither which phone nor which lengths; they are kept, not fitted.
 {host()}

@@ -102,8 +102,8 @@ def measure(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -
         levels=Levels(),
         sources={
             SOURCE: Source(
-                title=f"pocketglm devices --here, {rates.load_average} runnable processes before",
-                address="https://pocketglm.invalid/devices/here",
+                title=f"Read from /proc and measured, {rates.load_average} runnable processes before",
+                address="https://docs.kernel.org/filesystems/proc.html",
                 date=date.today().isoformat(),
             )
         },

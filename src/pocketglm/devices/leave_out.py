@@ -39,7 +39,7 @@ R = TypeVar("R", bound=Chipped)
 @dataclass(frozen=True)
 class Error:
     """A published figure and what a fit without its chip makes of it. quantity: as in the table.
-    A speed's figures are speeds.
+    Figures of speeds in tokens a second, of times in ms, of memory in MB.
     """
 
     row: Row | Size
@@ -83,7 +83,9 @@ def time_errors(rows: Sequence[Row], part: Callable[[Row], Hashable]) -> list[Er
             continue
         amount = {"decode": 1.0, "prefill": float(row.workload.prompt)}.get(row.quantity)
         predicted, measured = (
-            (seconds, row.seconds) if amount is None else (amount / seconds, amount / row.seconds)
+            (seconds * 1e3, row.seconds * 1e3)
+            if amount is None
+            else (amount / seconds, amount / row.seconds)
         )
         errors.append(Error(row, row.quantity, row.point.unit, row.chip, predicted, measured))
     return errors
