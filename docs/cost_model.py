@@ -339,8 +339,8 @@ quantity. "In the interval" is measured with factors from the other chips only.
   any model of them (from 11 ms to 19 s), since they depend on what the system has cached.
 - Energy is null but where somebody published watts of such a device and unit:
   {watts}. Nobody's phone CPU or GPU is among them.
-- A runtime without rows on a unit (Core ML on a CPU) gets its unit's shares, and an interval as wide
-  as the errors on runtimes that were left out.
+- A runtime without rows on a unit (Core ML on a CPU) gets its unit's shares, and an interval as
+  wide as the errors on runtimes that were left out.
 - ONNX Runtime on a CPU has rows of one machine only, this project's own; its memory is that of a
   Python process, which a phone's app does not carry.
 - Heat: published rows are short runs. A phone that answers for minutes gets slower.

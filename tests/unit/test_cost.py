@@ -19,6 +19,8 @@ import yaml
 from oracles import roofline as oracle
 from pydantic import ValidationError
 
+from pocketglm.artifacts.schemas import DevicesResult
+from pocketglm.cli._main import main
 from pocketglm.devices import cost, fit, fit_sizes, here, leave_out
 from pocketglm.devices.cost import Workload, constants, predict
 from pocketglm.devices.machine import STREAM, machine_of
@@ -293,8 +295,8 @@ def test_what_nothing_supports_is_null_and_says_why() -> None:
     assert found.energy_j is None
     assert any("no load time" in note for note in found.notes)
     assert any("watts of a phone's cpu" in note for note in found.notes)
-    assert any("nobody published times of coreml on a cpu" in note for note in found.notes)
     found = predict(DECODER, phone, "coreml")
+    assert any("nobody published times of coreml on a cpu" in note for note in found.notes)
     unseen, seen = found.tokens_per_second, predict(DECODER, phone, "gguf").tokens_per_second
     assert unseen is not None
     assert seen is not None
@@ -541,6 +543,24 @@ def test_this_machine_is_read_and_measured(
     assert found.profile.bandwidth_measured_gbs is not None
     machine, why = machine_of(found.profile, "cpu")
     assert machine is not None or "cores" in why
+
+
+@pytest.mark.usefixtures("quick")
+def test_devices_here(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: str, code: int = 0) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(["devices", *arguments])
+        assert stop.value.code == code
+        return capsys.readouterr().out
+
+    found = DevicesResult.model_validate_json(run("--here", "--json"))
+    assert [one.name for one in found.devices] == ["here"]
+    assert found.rates is not None
+    assert found.rates["bandwidth_gbs"]
+    assert "gemm gflops" in run("--here")
+    assert "do not go together" in run("pixel-6", "--here", "--json", code=2)
+    assert DevicesResult.model_validate_json(run("pixel-6", "--json")).rates is None
 
 
 @pytest.mark.usefixtures("quick")

@@ -102,7 +102,7 @@ def measure(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -
         levels=Levels(),
         sources={
             SOURCE: Source(
-                title=f"Read from /proc and measured, {rates.load_average} runnable processes before",
+                title=f"Read from /proc and measured, load average {rates.load_average} before",
                 address="https://docs.kernel.org/filesystems/proc.html",
                 date=date.today().isoformat(),
             )
