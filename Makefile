@@ -33,9 +33,11 @@ check: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python docs/generate.py --check
+	@$(BIN)/python docs/cost_model.py --check
 
 docs: $(STAMP)
 	@$(BIN)/python docs/generate.py
+	@$(BIN)/python docs/cost_model.py
 
 # The slow checks that CI cannot hold; writes docs/verified.md.
 verify: $(STAMP)

@@ -130,7 +130,10 @@ class DeviceResult(Config):
 
 
 class DevicesResult(Config):
+    """`rates`: of this machine (`--here`), GB and 1e9 operations a second; null: not measured."""
+
     devices: list[DeviceResult]
+    rates: dict[str, float | None] | None = None
 
 
 class InitResult(Config):

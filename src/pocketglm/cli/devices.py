@@ -8,7 +8,9 @@ import typer
 
 from pocketglm.artifacts.schemas import DeviceResult, DevicesResult
 from pocketglm.cli._common import Json, emit
+from pocketglm.devices.here import measure
 from pocketglm.devices.profile import DeviceProfile, Figure, all_profiles, find_profile
+from pocketglm.errors import UsageError
 
 _HEADER = ["device", "tier", "SoC", "RAM", "app", "GB/s", "ISA", "accelerators"]
 _TIERS = ("flagship", "high", "mid", "low", "edge", "board")
@@ -25,14 +27,28 @@ def main(
     name: Annotated[
         str | None, typer.Argument(help="A device, a SoC, or the path of a profile's file.")
     ] = None,
+    here: Annotated[bool, typer.Option("--here", help="This machine, read and measured.")] = False,
     json: Json = False,
 ) -> None:
     """List the devices whose profiles PocketGLM has; with NAME, all that is known of one."""
-    found = all_profiles() if name is None else dict([find_profile(name)])
-    result = DevicesResult(devices=[_result(own, profile) for own, profile in found.items()])
+    if here and name is not None:
+        raise UsageError("a name and --here do not go together")
+    machine = measure() if here else None
+    if machine is not None:
+        found = {"here": machine.profile}
+    else:
+        found = all_profiles() if name is None else dict([find_profile(name)])
+    result = DevicesResult(
+        devices=[_result(own, profile) for own, profile in found.items()],
+        rates=machine and machine.rates.model_dump(),
+    )
 
     def words() -> None:
-        if name is None:
+        if machine is not None:
+            _describe("here", machine.profile)
+            print("\nmeasured")
+            _print([[key.replace("_", " "), _plain(value)] for key, value in machine.rates])
+        elif name is None:
             _print([_HEADER, *(_row(*item) for item in sorted(found.items(), key=_order))])
         else:
             _describe(*next(iter(found.items())))
