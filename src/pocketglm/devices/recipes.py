@@ -117,9 +117,9 @@ class Loss(Evidence):
             raise ValueError("give `drop`, or `before` and `after`")
         if (self.low is None) != (self.high is None):
             raise ValueError("an interval has two ends")
-        if self.low is not None and self.high is not None and self.drop is not None:
-            if not self.low <= self.drop <= self.high:
-                raise ValueError(f"drop {self.drop} is outside of {self.low}..{self.high}")
+        low, drop, high = self.low, self.drop, self.high
+        if None not in (low, drop, high) and not float(low or 0) <= (drop or 0) <= float(high or 0):
+            raise ValueError(f"drop {drop} is outside of {low}..{high}")
         return self
 
     @property
