@@ -12,10 +12,9 @@ from pocketglm.artifacts.schemas import (
     AdviceRow,
     AdviseResult,
     LimitResult,
-    LossResult,
-    RangeResult,
 )
 from pocketglm.cli._common import Json, emit
+from pocketglm.report._advice import Sources, megabytes, span
 from pocketglm.stages.advise import Wanted, advise
 
 _SHOWN, _FEW = 8, 3  # rows of a list
@@ -121,7 +120,7 @@ def show(result: AdviseResult, everything: bool = False) -> None:
     good = [row for row in result.rows if row.fits in ("yes", "probably")]
     made = [row for row in good if row.available]
     predicted = _one_each([row for row in good if not row.available], everything)
-    sources = _Sources()
+    sources = Sources()
     _list("Fits, and this version makes it", made, result, sources, everything, _SHOWN)
     title = "Fits by prediction, but this version has no such target"
     _list(title, predicted, result, sources, everything, _FEW)
@@ -139,24 +138,6 @@ def show(result: AdviseResult, everything: bool = False) -> None:
         print(f"\nNext, {row.title}{plan}; DATA is your rows:")
         for command in row.commands:
             print(f"  {command}")
-
-
-class _Sources:
-    """Footnotes: where the losses are from, numbered as they come."""
-
-    def __init__(self) -> None:
-        self._found: list[str] = []
-
-    def number(self, loss: LossResult) -> int:
-        """The footnote of a loss."""
-        text = f"{loss.model} on {loss.data}: {loss.source}"
-        text += f", {loss.address}" if loss.address else ""
-        if text not in self._found:
-            self._found.append(text)
-        return self._found.index(text) + 1
-
-    def lines(self) -> list[str]:
-        return [f"[{index}] {text}" for index, text in enumerate(self._found, 1)]
 
 
 def _asked(result: AdviseResult) -> str:
@@ -188,7 +169,7 @@ def _list(
     title: str,
     rows: Sequence[AdviceRow],
     result: AdviseResult,
-    sources: _Sources,
+    sources: Sources,
     everything: bool,
     most: int,
 ) -> None:
@@ -211,45 +192,19 @@ def _head(result: AdviseResult) -> list[str]:
     return ["", "runtime", "file", "memory", *times, "loses"]
 
 
-def _cells(row: AdviceRow, result: AdviseResult, sources: _Sources) -> list[str]:
-    times = [_span(row.latency_ms, "ms")]
+def _cells(row: AdviceRow, result: AdviseResult, sources: Sources) -> list[str]:
+    times = [span(row.latency_ms, "ms")]
     if result.judged != "text":
-        times = [_span(row.first_token_ms, "ms"), _span(row.tokens_per_second), *times]
+        times = [span(row.first_token_ms, "ms"), span(row.tokens_per_second), *times]
     sure = "" if row.fits == "yes" else " (probably)"
     return [
         f"{row.title}{sure}",
         f"{row.runtime} {row.unit}",
-        f"{row.file_mb:,.3g} MB" if row.file_mb < 1000 else f"{row.file_mb:,.0f} MB",
-        _span(row.memory_mb, "MB"),
+        megabytes(row.file_mb),
+        span(row.memory_mb, "MB"),
         *times,
-        _losses(row, sources),
+        sources.losses(row),
     ]
-
-
-def _span(value: RangeResult | None, unit: str = "") -> str:
-    """'840-1,020 MB': the range; a value alone would pretend to be sure."""
-    if value is None:
-        return "unknown"
-    low, high = (_number(v) for v in (value.low, value.high))
-    return f"{low}-{high} {unit}".rstrip() if low != high else f"{low} {unit}".rstrip()
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def _losses(row: AdviceRow, sources: _Sources) -> str:
-    """What the recipe was measured to cost; the footnote says on what, and by whom."""
-    if row.recipe == "fp32":
-        return "nothing: the baseline"
-    if not row.losses:
-        return "not measured"
-    return "; ".join(
-        f"{loss.value:.2g} {'points of' if loss.unit == 'points' else '% more'} {loss.metric}"
-        + (f" ({loss.low:g} to {loss.high:g})" if loss.low is not None else "")
-        + f" [{sources.number(loss)}]"
-        for loss in row.losses
-    )
 
 
 def _telling(rows: Sequence[AdviceRow]) -> list[AdviceRow]:
