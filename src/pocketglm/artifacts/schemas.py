@@ -313,7 +313,7 @@ class ProveResult(Config):
 
 
 class RangeResult(Config):
-    """A prediction, and the range that most devices are in."""
+    """A prediction, and the range that four of five devices are in."""
 
     value: float
     low: float

@@ -16,13 +16,14 @@ Spec = EncoderSpec | DecoderSpec
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """parameters: stored values. used: those of a pass, a shared block as often as layers use it.
-    table: of them, in tables that are only looked up. file_bytes: of the weights. read_bytes: of
+    table: of them, in tables that are only looked up; head: in the head. file_bytes: of the weights. read_bytes: of
     them, what one token reads.
     """
 
     parameters: int
     used: int
     table: int
+    head: int
     file_bytes: int
     read_bytes: int
 
@@ -41,6 +42,7 @@ def footprint(spec: Spec, recipe: Recipe) -> Footprint:
         parameters=parameter_count(matrices),
         used=sum(matrix.size * matrix.layers for matrix in matrices),
         table=parameter_count(tables),
+        head=sum(matrix.size for matrix in matrices if matrix.part == "head"),
         file_bytes=file_bytes,
         read_bytes=file_bytes - sum(sizes[id(matrix)] for matrix in tables),
     )

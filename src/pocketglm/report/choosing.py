@@ -56,11 +56,11 @@ def _intro() -> str:
     return (
         "What fits where, by `pocketglm advise`: sizes are counted, times and memory are predicted "
         "from the devices' data sheets by a model that was fitted to published measurements "
-        "([cost-model.md](cost-model.md)); nothing was run on these devices. Ranges hold most "
-        "devices. Memory is judged by the upper end of its range, times by their middle. Of what "
-        "fits and what this version can make, the larger model comes first, then the smaller loss, "
-        "then the shorter time; a model whose accuracy on the task was measured comes before one "
-        "whose was not. With your own limits or your own model:\n\n"
+        "([cost-model.md](cost-model.md)); nothing was run on these devices. Ranges hold four of "
+        "five devices. Memory is judged by the upper end of its range, times by their middle. Of what "
+        "fits and what this version can make, a model whose accuracy on the task was measured comes "
+        "first, then a recipe whose loss was, the larger model, the smaller loss and the shorter "
+        "time. With your own limits or your own model:\n\n"
         "    pocketglm advise --device pixel-6 --task lm --max-latency-ms 500 --max-memory-mb 600\n"
     )
 

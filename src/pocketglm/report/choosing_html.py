@@ -91,8 +91,8 @@ def _decision(tasks: Sequence[str], chosen: dict[str, list[Choice]]) -> str:
         rows.append([group.title, *(row.title if row else NONE for row in picked)])
     return section(
         "The answer",
-        "The first of the ranking that fits on every device of the class: the larger model before "
-        "the smaller loss before the shorter time; measured accuracy before unknown.",
+        "The first of the ranking that fits on every device of the class: what was measured before "
+        "what was not, the larger model, the smaller loss, the shorter time.",
         _table("pick", ["Devices", *(TASK_TITLES.get(task, task) for task in tasks)], rows),
     )
 
@@ -164,7 +164,11 @@ def _memory_and_speed(advice: Advice, choices: Sequence[Choice]) -> str:
             ("speed", "Speed", "tokens/s", _of_speed),
         ):
             limit = next((one.value for one in result.limits if one.name == name), None)
-            bars = [bar for row in rows for bar in _bar(_size(row), of(row), _side(row, name))]
+            bars = [
+                bar
+                for row in rows
+                for bar in _bar(_size(row), of(row), _side(of(row), name, limit))
+            ]
             plot = svg.ranges(f"{name}-{index}", f"{what} on {title}", unit, bars, limit)
             figures.append(_figure(what, f"{choice.devices.title}: {title}", plot))
     key = (
@@ -196,11 +200,16 @@ def _size(row: AdviceRow) -> str:
     return row.title.removesuffix(title).strip()
 
 
-def _side(row: AdviceRow, name: str) -> str:
-    """The colour of a row in the plot of one limit."""
-    if name in row.exceeds:
-        return "fail"
-    return "inconclusive" if row.fits == "probably" and name != "memory" else "pass"
+def _side(value: RangeResult | None, name: str, limit: float | None) -> str:
+    """The colour of a range in the plot of one limit; as `advise` judges."""
+    if value is None or limit is None:
+        return "stated"
+    if name == "memory":
+        return "fail" if value.high > limit else "pass"
+    middle, worst = value.value, value.high
+    if name == "speed":
+        middle, worst, limit = -value.value, -value.low, -limit
+    return "fail" if middle > limit else "inconclusive" if worst > limit else "pass"
 
 
 def _reference(advice: Advice, sources: Sources) -> str:

@@ -294,7 +294,9 @@ def ranges(key: str, title: str, unit: str, rows: Sequence[Range], limit: float 
         said.append(f"{row.label} {words}")
     if limit:
         x = _pct(at(limit))
-        body.append(_tag("line", x1=x, x2=x, y1=18, y2=bottom, class_="limit"))
+        for index in range(len(rows)):  # not across the words between them
+            y = 40 * index
+            body.append(_tag("line", x1=x, x2=x, y1=y + 19, y2=y + 35, class_="limit"))
         words = f"limit {_format.quantity(limit, unit)}"
         body.append(_text(words, x, bottom + 15, "t mute", _side(at(limit))))
         said.append(words)

@@ -34,6 +34,10 @@ class Subject:
     as_it_is: tuple[Recipe, Footprint] | None = None
     cache_bytes: int | None = None
 
+    @property
+    def parameters(self) -> int:
+        return _values(self.spec)
+
 
 @dataclass(frozen=True, slots=True)
 class Made:
@@ -92,6 +96,7 @@ def _words(name: str, spec: Spec) -> str:
     return f"{short.capitalize()} {count_words(_values(spec))}"
 
 
+@cache
 def _values(spec: Spec) -> int:
     return parameter_count(matrices_of(spec))
 
@@ -103,8 +108,6 @@ def task_of(ckpt: Checkpoint) -> str:
         CheckpointError: an unknown architecture or configuration.
     """
     spec = model_spec_of(ckpt)
-    if ckpt.manifest.task in recipe_book().tasks:
-        return str(ckpt.manifest.task)
     if isinstance(spec, DecoderSpec):
         return "command" if ckpt.manifest.command else "lm"
     return "intent" if spec.head == "classification" else "embed"

@@ -6,8 +6,8 @@ Nothing is run. Sizes are counted from specs, `devices/cost.py` predicts memory 
 Memory is judged by the upper end of its range, since an app that takes too much is ended; times by
 their value, and a limit inside of the range makes the answer "probably". Ranked: what fits before
 what does not; what this version can make first; then a model whose accuracy on the task was
-measured, the larger one, the smaller loss (up to a point, or a percent of the perplexity, counts as
-none; an unknown one as the largest) and the shorter time.
+measured, a recipe whose loss was, the larger float model, the smaller loss (up to a point, or a
+percent of the perplexity, counts as none) and the shorter time.
 """
 
 from __future__ import annotations
@@ -58,11 +58,12 @@ _ORDER = {"yes": 0, "probably": 1, "unknown": 2, "no": 3}
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A row, and what it was judged by."""
+    """A row, and what it was judged by. dense: parameters of the float model."""
 
     row: AdviceRow
     checks: tuple[Check, ...]
     time: float
+    dense: int
 
 
 def advise(
@@ -101,7 +102,7 @@ def advise(
     rows = [one.row for one in found]
     fits = any(row.fits in ("yes", "probably") for row in rows)
     best = next((r for r in rows if r.available and r.fits in ("yes", "probably")), None)
-    notes = [*request.notes, *_accelerator_notes(rows)]
+    notes = [*request.notes, *_accelerator_notes(rows), *(best.notes if best else [])]
     if fits and best is None:
         targets = sorted({r.runtime for r in rows if r.fits in ("yes", "probably")})
         notes.append(f"what fits needs a target that is not in this version: {', '.join(targets)}")
@@ -163,6 +164,7 @@ def _judge(
         for made in models
         for name, facts, unit in routes
         if name in made.recipe.runtimes
+        and not (unit == "npu" and made.recipe.bits == 32)  # NPUs have no such arithmetic
     ]
 
 
@@ -210,14 +212,15 @@ def _judged(
         commands=commands(made, request.task, runtime, request.context) if able else [],
         notes=_notes(made, runtime, available, prediction),
     )
-    return Judged(row, tuple(found), time.value if time else math.inf)
+    return Judged(row, tuple(found), time.value if time else math.inf, made.subject.parameters)
 
 
 def workload_of(made: Made, request: Request, facts: RuntimeFacts) -> Workload:
     """What the cost model is asked. Parameters are those of a pass, see `Footprint.used`."""
     size, spec, recipe = made.size, made.spec, made.recipe
-    cache = 0
+    cache, head = 0, 0
     if isinstance(spec, DecoderSpec):
+        head = size.head  # only the last token of a prompt needs it
         each = made.subject.cache_bytes or facts.cache_bytes
         cache = 2 * each * spec.num_layers * spec.num_kv_heads * spec.head_dim
     return Workload(
@@ -234,6 +237,7 @@ def workload_of(made: Made, request: Request, facts: RuntimeFacts) -> Workload:
         prompt=request.prompt,
         generated=request.new_tokens,
         context=request.context,
+        prompt_parameters=size.used - size.table - head,
     )
 
 
@@ -328,7 +332,8 @@ def _rank(one: Judged) -> tuple[float | str | bool, ...]:
         not row.available if can else 0,
         _ORDER[row.fits] if not can else 0,
         row.accuracy is None,
-        -row.parameters,
+        math.isinf(_lost(row)),
+        -one.dense,
         _lost(row),
         one.time,
         row.runtime,

@@ -11,12 +11,12 @@ from pocketglm.devices.recipes import recipe_book
 from pocketglm.stages.advise import advise
 
 _TIERS = {
-    "low": "Phones, low end",
-    "mid": "Phones, mid range",
-    "high": "Phones, upper range",
-    "flagship": "Phones, flagship",
-    "board": "Boards",
-    "edge": "Edge boxes and laptops",
+    "low": "Low-end",
+    "mid": "Mid-range",
+    "high": "Upper-range",
+    "flagship": "Flagship",
+    "board": "Board,",
+    "edge": "Edge box or laptop,",
 }
 _SYSTEMS = {"android": "Android", "ios": "iPhone", "linux": "Linux", "macos": "macOS"}
 Advice = Mapping[tuple[str, str], AdviseResult]  # (device, task)
@@ -55,13 +55,13 @@ def every_advice() -> dict[tuple[str, str], AdviseResult]:
 
 
 def classes() -> list[DeviceClass]:
-    """In the order of `_TIERS`; tiers of one system need no second word."""
+    """In the order of `_TIERS`."""
     found: dict[tuple[str, str], list[str]] = {}
     for name, profile in all_profiles().items():
         found.setdefault((profile.tier, profile.os), []).append(name)
     order = [(tier, system) for tier in _TIERS for system in _SYSTEMS if (tier, system) in found]
     return [
-        DeviceClass(f"{_TIERS[tier]}: {_SYSTEMS[system]}", tuple(found[tier, system]))
+        DeviceClass(f"{_TIERS[tier]} {_SYSTEMS[system]}", tuple(found[tier, system]))
         for tier, system in order
     ]
 
