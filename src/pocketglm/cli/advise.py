@@ -18,6 +18,10 @@ from pocketglm.report._advice import Sources, megabytes, span
 from pocketglm.stages.advise import Wanted, advise
 
 _SHOWN, _FEW = 8, 3  # rows of a list
+_JUDGED = (
+    "predicted, not run: ranges hold four of five devices; memory is judged by the upper end, "
+    "times by the middle"
+)
 
 
 def main(
@@ -117,6 +121,7 @@ def show(result: AdviseResult, everything: bool = False) -> None:
     print(f"{result.device_title}, task {result.task}: {_asked(result)}")
     for limit in result.limits:
         print(f"  {_limit(limit, result.judged)}")
+    print(f"  {_JUDGED}")
     good = [row for row in result.rows if row.fits in ("yes", "probably")]
     made = [row for row in good if row.available]
     predicted = _one_each([row for row in good if not row.available], everything)

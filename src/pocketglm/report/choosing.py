@@ -9,6 +9,7 @@ from pocketglm.devices.profile import all_profiles
 from pocketglm.devices.recipes import recipe_book
 from pocketglm.report._advice import TASK_TITLES, Sources, judged_time, limits, megabytes, span
 from pocketglm.report.markdown import cell
+from pocketglm.stages.advise import advise
 from pocketglm.stages.choosing import Advice, Choice, DeviceClass, choose, classes, nobody_knows
 
 REFERENCE = "snapdragon-8-gen-3"  # the phone class of the reference article's table
@@ -16,21 +17,18 @@ NONE = "none: an edge node"
 _MODELS = ("autoglm-tiny", "autoglm-mini", "autoglm-base")
 
 
-def reference_device() -> str:
-    """The profile that has this alias."""
-    return next(name for name, one in all_profiles().items() if REFERENCE in one.aliases)
-
-
-def reference_rows(result: AdviseResult) -> list[AdviceRow]:
-    """Of the reference's three models each recipe once, on the CPU."""
+def reference() -> tuple[AdviseResult, list[AdviceRow]]:
+    """Of the reference's three models each recipe once, on the CPU of such a phone."""
+    result = advise(REFERENCE, task="lm")
     found: dict[tuple[str, str], AdviceRow] = {}
     for row in result.rows:
         if row.model in _MODELS and row.unit == "cpu":
             found.setdefault((row.model, row.recipe), row)
     order = list(recipe_book().recipes)
-    return sorted(
+    rows = sorted(
         found.values(), key=lambda row: (_MODELS.index(row.model), order.index(row.recipe))
     )
+    return result, rows
 
 
 def markdown(advice: Advice, note: str) -> str:
@@ -46,7 +44,7 @@ def markdown(advice: Advice, note: str) -> str:
         "## By task and device class\n\n" + _decision(groups, chosen),
         *(_task(task, groups, chosen, advice, sources) for task in recipe_book().tasks),
         "## By device\n\n" + _devices(advice),
-        _reference(advice, sources),
+        _reference(sources),
     ]
     notes = "".join(f"* {cell(line)}\n" for line in sources.lines())
     return "\n".join(parts) + f"\n## Where the losses were measured\n\n{notes}"
@@ -57,10 +55,10 @@ def _intro() -> str:
         "What fits where, by `pocketglm advise`: sizes are counted, times and memory are predicted "
         "from the devices' data sheets by a model that was fitted to published measurements "
         "([cost-model.md](cost-model.md)); nothing was run on these devices. Ranges hold four of "
-        "five devices. Memory is judged by the upper end of its range, times by their middle. Of what "
-        "fits and what this version can make, a model whose accuracy on the task was measured comes "
-        "first, then a recipe whose loss was, the larger model, the smaller loss and the shorter "
-        "time. With your own limits or your own model:\n\n"
+        "five devices. Memory is judged by the upper end of its range, times by their middle.\n\n"
+        "Of what fits and what this version can make, a model whose accuracy on the task was "
+        "measured comes first, then a recipe whose loss was, the larger model, the smaller loss and "
+        "the shorter time. With your own limits or your own model:\n\n"
         "    pocketglm advise --device pixel-6 --task lm --max-latency-ms 500 --max-memory-mb 600\n"
     )
 
@@ -99,9 +97,7 @@ def _task(
         choice = chosen[group.title, task]
         row = choice.row
         if row is None:
-            rows.append(
-                [cell(group.title), f"none: {cell(choice.reason)}", *[""] * (len(head) + 1)]
-            )
+            rows.append([cell(group.title), f"none: {cell(choice.reason)}", *[""] * len(head)])
             continue
         rows.append(
             [
@@ -158,9 +154,8 @@ def _devices(advice: Advice) -> str:
     return _table(["name", "device", "an app gets", *(f"`{task}`" for task in tasks)], rows)
 
 
-def _reference(advice: Advice, sources: Sources) -> str:
-    name = reference_device()
-    result = advice[name, "lm"]
+def _reference(sources: Sources) -> str:
+    result, found = reference()
     rows = [
         [
             cell(row.title),
@@ -172,7 +167,7 @@ def _reference(advice: Advice, sources: Sources) -> str:
             cell(sources.losses(row)),
             row.fits if row.fits != "no" else f"no: {cell(row.reason)}",
         ]
-        for row in reference_rows(result)
+        for row in found
     ]
     head = ["model", "runtime", "file", "memory", "first token", "tokens/s", "loses", "fits"]
     return (

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pocketglm.artifacts.schemas import AdviceRow, AdviseResult, RangeResult
+from pocketglm.artifacts.schemas import AdviceRow, RangeResult
 from pocketglm.devices.profile import all_profiles
 from pocketglm.devices.recipes import recipe_book
 from pocketglm.report import svg
 from pocketglm.report._advice import TASK_TITLES, Sources, judged_time, limits, megabytes, span
 from pocketglm.report._markup import esc, section
-from pocketglm.report.choosing import NONE, reference_device, reference_rows
+from pocketglm.report.choosing import NONE, reference
 from pocketglm.stages.choosing import Advice, Choice, choose, classes
 
 _STYLE = Path(__file__).with_name("style.css")
@@ -39,7 +39,7 @@ def html(advice: Advice) -> str:
         _decision(tasks, chosen),
         *(_task(task, chosen[task], advice, sources) for task in tasks),
         _memory_and_speed(advice, chosen["lm"]),
-        _reference(advice, sources),
+        _reference(),
         _notes(sources),
     ]
     return (
@@ -212,8 +212,8 @@ def _side(value: RangeResult | None, name: str, limit: float | None) -> str:
     return "fail" if middle > limit else "inconclusive" if worst > limit else "pass"
 
 
-def _reference(advice: Advice, sources: Sources) -> str:
-    result: AdviseResult = advice[reference_device(), "lm"]
+def _reference() -> str:
+    result, found = reference()
     rows = [
         [
             row.title,
@@ -224,7 +224,7 @@ def _reference(advice: Advice, sources: Sources) -> str:
             span(row.tokens_per_second),
             _WORDS[row.fits],
         ]
-        for row in reference_rows(result)
+        for row in found
     ]
     head = ["Model", "Runtime", "File", "Memory", "First token", "Tokens/s", "Verdict"]
     return section(

@@ -72,8 +72,11 @@ def advise(
     task: str | None = None,
     checkpoint: Path | None = None,
     wanted: Wanted | None = None,
+    predicted: bool = True,
 ) -> AdviseResult:
     """Ranked advice for a device, by its name, an alias or a profile's file.
+
+    predicted: also for runtimes whose target this version does not have.
 
     Raises:
         UsageError: an unknown device, task or runtime; limits that cannot be, or that contradict
@@ -94,6 +97,8 @@ def advise(
     request = settle(wanted, task, profile)
     models = list(made_of(subject_of(ckpt, task), task)) if ckpt else family(task)
     routes = _routes(profile, request, wanted.runtime)
+    if not predicted:
+        routes = [route for route in routes if route[0] in registry.names("targets")]
     found = _judge(models, request, profile, routes)
     if wanted.max_memory_mb is not None:
         every = _judge(family(task), request, profile, routes) if ckpt else found

@@ -46,9 +46,11 @@ class Choice:
 
 
 def every_advice() -> dict[tuple[str, str], AdviseResult]:
-    """What `advise` says of each device and task, with the tasks' own limits."""
+    """What `advise` says of each device and task, with the tasks' own limits, of what this version
+    can make.
+    """
     return {
-        (device, task): advise(device, task=task)
+        (device, task): advise(device, task=task, predicted=False)
         for device in all_profiles()
         for task in recipe_book().tasks
     }
