@@ -21,7 +21,7 @@ def reference() -> tuple[AdviseResult, list[AdviceRow]]:
     """Of the reference's three models each recipe once, on the CPU of such a phone."""
     result = advise(REFERENCE, task="lm")
     found: dict[tuple[str, str], AdviceRow] = {}
-    for row in result.rows:
+    for row in sorted(result.rows, key=lambda row: not row.available):
         if row.model in _MODELS and row.unit == "cpu":
             found.setdefault((row.model, row.recipe), row)
     order = list(recipe_book().recipes)
