@@ -8,7 +8,8 @@ import pytest
 
 from pocketglm.devices.footprint import footprint, group_reasons, reshaped
 from pocketglm.devices.recipes import recipe_book
-from pocketglm.methods.tiny import TinyConfig, _structure, tiny_spec
+from pocketglm.methods._tiny import tiny_spec
+from pocketglm.methods.tiny import TinyConfig, _structure
 from pocketglm.model.family import SIZES
 from pocketglm.model.sizes import weight_bytes
 from pocketglm.model.spec import DecoderSpec, EncoderSpec

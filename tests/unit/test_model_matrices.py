@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from pocketglm.methods.tiny import TinyConfig, _structure, tiny_spec
+from pocketglm.methods._tiny import tiny_spec
+from pocketglm.methods.tiny import TinyConfig, _structure
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.family import SIZES
 from pocketglm.model.matrices import matrices_of, parameter_count

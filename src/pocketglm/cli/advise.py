@@ -24,75 +24,87 @@ _JUDGED = (
 )
 
 
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Name or alias that `pocketglm devices` lists, e.g. snapdragon-8-gen-3, or the file "
+        "of a profile.",
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    Path | None,
+    typer.Argument(
+        help="A model of yours (default: the family's sizes, or MiniLM).", show_default=False
+    ),
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(help="intent, embed, command or lm; default: the checkpoint's, else lm."),
+]
+MaxLatency = Annotated[
+    float | None,
+    typer.Option(
+        help="Longest time: of one text (intent, embed), the whole answer (command), or to the "
+        "first token (lm). Default: 100 for a text, else 1000.",
+        show_default=False,
+    ),
+]
+MaxMemoryMb = Annotated[
+    float | None,
+    typer.Option(help="Most memory; default: what one app gets there.", show_default=False),
+]
+MinAccuracy = Annotated[
+    float | None,
+    typer.Option(
+        help="Percent (92.5), or a fraction (0.925). What nobody measured does not count as "
+        "enough.",
+        show_default=False,
+    ),
+]
+MinSpeed = Annotated[
+    float | None,
+    typer.Option(help="Slowest answer; default: 5 for lm, a reader's pace.", show_default=False),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens that the cache is made for; default: 2048 for lm, 128 for command.",
+        show_default=False,
+    ),
+]
+Prompt = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens that go in; default: 128 for lm, 64 for command, 32 for an encoder.",
+        show_default=False,
+    ),
+]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of the answer; default: 64 for lm, 32 for command.", show_default=False
+    ),
+]
+RuntimeName = Annotated[
+    str | None, typer.Option(help="Only this one: onnx, litert, executorch, coreml, gguf.")
+]
+All = Annotated[bool, typer.Option("--all", help="Print every row, not the first few.")]
+
+
 def main(
-    device: Annotated[
-        str,
-        typer.Option(
-            help="Name or alias that `pocketglm devices` lists, e.g. snapdragon-8-gen-3, or the "
-            "file of a profile.",
-            show_default=False,
-        ),
-    ],
-    checkpoint: Annotated[
-        Path | None,
-        typer.Argument(
-            help="A model of yours (default: the family's sizes, or MiniLM).", show_default=False
-        ),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(help="intent, embed, command or lm; default: the checkpoint's, else lm."),
-    ] = None,
-    max_latency_ms: Annotated[
-        float | None,
-        typer.Option(
-            help="Longest time: of one text (intent, embed), the whole answer (command), or to the "
-            "first token (lm). Default: 100 for a text, else 1000.",
-            show_default=False,
-        ),
-    ] = None,
-    max_memory_mb: Annotated[
-        float | None,
-        typer.Option(help="Most memory; default: what one app gets there.", show_default=False),
-    ] = None,
-    min_accuracy: Annotated[
-        float | None,
-        typer.Option(
-            help="Percent (92.5), or a fraction (0.925). What nobody measured does not count as "
-            "enough.",
-            show_default=False,
-        ),
-    ] = None,
-    min_tokens_per_second: Annotated[
-        float | None,
-        typer.Option(
-            help="Slowest answer; default: 5 for lm, a reader's pace.", show_default=False
-        ),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens that the cache is made for; default: 2048 for lm, 128 for command.",
-            show_default=False,
-        ),
-    ] = None,
-    prompt: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens that go in; default: 128 for lm, 64 for command, 32 for an encoder.",
-            show_default=False,
-        ),
-    ] = None,
-    new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of the answer; default: 64 for lm, 32 for command.", show_default=False
-        ),
-    ] = None,
-    runtime: Annotated[
-        str | None, typer.Option(help="Only this one: onnx, litert, executorch, coreml, gguf.")
-    ] = None,
-    all: Annotated[bool, typer.Option("--all", help="Print every row, not the first few.")] = False,
+    device: Device,
+    checkpoint: Model = None,
+    task: TaskName = None,
+    max_latency_ms: MaxLatency = None,
+    max_memory_mb: MaxMemoryMb = None,
+    min_accuracy: MinAccuracy = None,
+    min_tokens_per_second: MinSpeed = None,
+    context: Context = None,
+    prompt: Prompt = None,
+    new_tokens: NewTokens = None,
+    runtime: RuntimeName = None,
+    all: All = False,
     json: Json = False,
 ) -> None:
     """Rank what fits a device. Exit code 1: nothing does."""

@@ -16,8 +16,8 @@ Spec = EncoderSpec | DecoderSpec
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """parameters: stored values. used: those of a pass, a shared block as often as layers use it.
-    table: of them, in tables that are only looked up; head: in the head. file_bytes: of the weights. read_bytes: of
-    them, what one token reads.
+    table: of them, in tables that are only looked up; head: in the head. file_bytes: of the
+    weights. read_bytes: of them, what one token reads.
     """
 
     parameters: int

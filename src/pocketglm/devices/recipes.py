@@ -193,12 +193,15 @@ class Recipes(Config):
         """Every source, task and runtime that is named is there, and no source is idle."""
         losses = [loss for recipe in self.recipes.values() for loss in recipe.losses]
         sources = {
-            *(item.source for item in (*losses, *self.accuracies, *self.encoders.values())),
+            *(loss.source for loss in losses),
+            *(accuracy.source for accuracy in self.accuracies),
+            *(shape.source for shape in self.encoders.values()),
             *(needs.limit_from for needs in self.tasks.values()),
             *(needs.speed_from for needs in self.tasks.values()),
         } - {None}
         tasks = {
-            *(item.task for item in (*losses, *self.accuracies)),
+            *(loss.task for loss in losses),
+            *(accuracy.task for accuracy in self.accuracies),
             *(task for recipe in self.recipes.values() for task in recipe.tasks),
         }
         runtimes = {name for recipe in self.recipes.values() for name in recipe.runtimes}

@@ -139,7 +139,7 @@ def read_spec(fields: Fields, stored_head: bool, **own: Any) -> DecoderSpec:
     spec: dict[str, Any] = {ours: values.count(key) for ours, key in _COUNTS.items()}
     for ours, key in _FRACTIONS.items():
         spec[ours] = fields.number(key, fields.values, fields.defaults[key])
-    activation = str(fields.get("hidden_act"))
+    activation: Any = str(fields.get("hidden_act"))
     if activation not in get_args(Activation):
         raise CheckpointError(
             f"{fields.file}: hidden_act '{activation}' is not supported",

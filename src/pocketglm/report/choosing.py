@@ -57,8 +57,8 @@ def _intro() -> str:
         "([cost-model.md](cost-model.md)); nothing was run on these devices. Ranges hold four of "
         "five devices. Memory is judged by the upper end of its range, times by their middle.\n\n"
         "Of what fits and what this version can make, a model whose accuracy on the task was "
-        "measured comes first, then a recipe whose loss was, the larger model, the smaller loss and "
-        "the shorter time. With your own limits or your own model:\n\n"
+        "measured comes first, then a recipe whose loss was, the larger model, the smaller loss "
+        "and the shorter time. With your own limits or your own model:\n\n"
         "    pocketglm advise --device pixel-6 --task lm --max-latency-ms 500 --max-memory-mb 600\n"
     )
 

@@ -103,7 +103,7 @@ def _task(task: str, choices: Sequence[Choice], advice: Advice, sources: Sources
     for choice in choices:
         row = choice.row
         if row is None:
-            rows.append([choice.devices.title, NONE, "", "", "", choice.reason])
+            rows.append([choice.devices.title, NONE, *["\u2013"] * 3, choice.reason])
             continue
         time = judged_time(row, result)
         rows.append(
@@ -231,7 +231,7 @@ def _reference() -> str:
         f"Tiny, Mini and Base on {result.device_title}",
         "The phone class of the reference's own table, which found Tiny and Mini fit and Base too "
         "large.",
-        _table("", head, rows),
+        _table("pick", head, rows),
     )
 
 

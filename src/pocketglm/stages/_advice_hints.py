@@ -81,10 +81,10 @@ def _several(request: Request, found: Found) -> str:
 
 def _up(value: float) -> str:
     """Rounded up to two significant digits."""
-    step = 10 ** (math.floor(math.log10(value)) - 1)
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
     return f"{math.ceil(value / step - 1e-9) * step:g}"
 
 
 def _down(value: float) -> float:
-    step = 10 ** (math.floor(math.log10(value)) - 1)
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
     return math.floor(value / step + 1e-9) * step

@@ -70,7 +70,8 @@ def classes() -> list[DeviceClass]:
 
 def choose(advice: Advice, task: str, devices: DeviceClass) -> Choice:
     """The row of a class in the decision table of a task."""
-    known, unknown = [], []
+    known: list[str] = []
+    unknown: list[str] = []
     for name in devices.devices:
         (unknown if nobody_knows(advice[name, task]) else known).append(name)
     fitting = {name: _fitting(advice[name, task]) for name in known}
