@@ -221,7 +221,10 @@ def _memory(request: Request, prediction: Prediction, file_mb: float) -> Check:
         return Check("memory", None, False, "what an app may use there is not known", need.high)
     ok = need.high <= limit
     at = f" at {_tokens(request.context)} context" if request.context else ""
-    reason = f"needs {size_words(need.high)}{at}, {where} {size_words(limit)}"
+    needs = f"needs {size_words(need.value)}"
+    if need.value <= limit:
+        needs = f"may need {size_words(need.high)}"
+    reason = f"{needs}{at}, {where} {size_words(limit)}"
     return Check("memory", ok, True, reason, need.high)
 
 
