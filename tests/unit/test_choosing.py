@@ -107,6 +107,9 @@ def test_the_page_in_html(advice: Advice) -> None:
     for words in ("Memory on ", "Speed on ", "First token on ", "keeps the limit"):
         assert words in page
     assert page.count("<svg") > 3 * len(classes())
+    plot = page.split("Memory on ", 1)[1].split("</svg>")[0]
+    sizes = re.findall(r'class="t" text-anchor="start">([^<]+)<', plot)
+    assert len(sizes) == len(set(sizes)) > 3  # one row a size, whatever runs it
 
 
 def test_the_same_twice(advice: Advice) -> None:

@@ -149,11 +149,11 @@ def _memory_and_speed(advice: Advice, choices: Sequence[Choice]) -> str:
     figures = []
     for index, choice in enumerate(choices):
         result = advice[choice.weakest, "lm"]
-        rows = [
-            row
-            for row in result.rows
-            if row.recipe == _PLOTTED and row.available and row.memory_mb is not None
-        ]
+        first: dict[str, AdviceRow] = {}  # of each size, on the runtime that is ranked first
+        for row in result.rows:
+            if row.recipe == _PLOTTED and row.available and row.memory_mb is not None:
+                first.setdefault(row.model, row)
+        rows = list(first.values())
         if not rows:
             continue
         title = all_profiles()[choice.weakest].title
@@ -177,7 +177,8 @@ def _memory_and_speed(advice: Advice, choices: Sequence[Choice]) -> str:
     )
     return section(
         "Memory and speed against the limits",
-        "Streamed text, the family in INT4 (groups of 32), on the slowest device of each class. "
+        "Streamed text, the family in INT4 (groups of 32), on the slowest device of each class and "
+        "the runtime that is ranked first there. "
         "The axes are logarithmic. Memory is that for a cache of 2,048 tokens.",
         f'{key}<div class="plots">{"".join(figures)}</div>',
     )
