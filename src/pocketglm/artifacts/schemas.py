@@ -315,6 +315,100 @@ class ProveResult(Config):
     already_done: bool = False
 
 
+class RangeResult(Config):
+    """A prediction, and the range that four of five devices are in."""
+
+    value: float
+    low: float
+    high: float
+
+
+class LossResult(Config):
+    """What a recipe cost: `value` points of a score, or percent more perplexity; the 95 % interval
+    is null where none was told. `model`, `data`: what it was measured on; `ours`: by this
+    project, else by the publisher of `source`, at `address`.
+    """
+
+    metric: str
+    value: float
+    unit: Literal["points", "%"]
+    low: float | None = None
+    high: float | None = None
+    model: str
+    data: str
+    ours: bool
+    source: str
+    address: str | None = None
+
+
+class LimitResult(Config):
+    """`words`: where the limit is from."""
+
+    name: Literal["memory", "latency", "speed", "accuracy", "context"]
+    value: float
+    unit: str
+    words: str
+
+
+class AdviceRow(Config):
+    """One model by one recipe on one runtime and unit of the device.
+
+    Memory and file in decimal MB. `first_token_ms`, `tokens_per_second`: of decoders; `latency_ms`:
+    one text, or a whole answer. Null: nobody published what it takes to predict it, see `notes`.
+    `losses`: empty if unknown. `accuracy`: percent, null if nobody measured it. `fits`: "probably"
+    if a limit is inside of a prediction's range. `reason`: why it does not, or what is unknown;
+    `exceeds`: the limits that it does not keep.
+    `available`: this version can make it. `commands`: how.
+    """
+
+    model: str
+    recipe: str
+    title: str
+    runtime: str
+    unit: Literal["cpu", "gpu", "npu"]
+    parameters: int
+    file_mb: float
+    memory_mb: RangeResult | None = None
+    load_ms: RangeResult | None = None
+    first_token_ms: RangeResult | None = None
+    tokens_per_second: RangeResult | None = None
+    latency_ms: RangeResult | None = None
+    energy_j: RangeResult | None = None
+    losses: list[LossResult] = []
+    accuracy: float | None = None
+    fits: Literal["yes", "probably", "no", "unknown"]
+    reason: str = ""
+    exceeds: list[Literal["memory", "latency", "speed", "accuracy", "context"]] = []
+    available: bool
+    plan: str | None = None
+    commands: list[str] = []
+    notes: list[str] = []
+
+
+class AdviseResult(Config):
+    """`rows` are ranked; `best` is the first of them that fits and that this version can make.
+
+    `app_memory_mb`: what one app gets on the device, null if nobody knows. `hints`: what to change
+    where nothing fits. `notes`: what a user should know, one sentence each.
+    """
+
+    device: str
+    device_title: str
+    task: str
+    checkpoint: str | None = None
+    prompt: int
+    new_tokens: int
+    context: int
+    judged: str
+    app_memory_mb: float | None = None
+    limits: list[LimitResult]
+    fits: bool
+    best: AdviceRow | None = None
+    rows: list[AdviceRow]
+    hints: list[str] = []
+    notes: list[str] = []
+
+
 class CacheResult(Config):
     path: str
     entries: int
@@ -348,6 +442,7 @@ class DemoResult(Config):
 RESULTS: dict[str, type[Config]] = {
     "devices": DevicesResult,
     "sizes": SizesResult,
+    "advise": AdviseResult,
     "init": InitResult,
     "inspect": InspectResult,
     "train": TrainResult,

@@ -11,12 +11,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pocketglm.artifacts.scheme import CacheScheme
 from pocketglm.errors import CheckpointError, nearest
-from pocketglm.model.layers import ACTIVATIONS
-from pocketglm.model.spec import DecoderSpec, Role, RopeScaling, RopeSpec
+from pocketglm.model.spec import Activation, DecoderSpec, Role, RopeScaling, RopeSpec
 
 # our field -> config key
 _COUNTS = {
@@ -140,11 +139,11 @@ def read_spec(fields: Fields, stored_head: bool, **own: Any) -> DecoderSpec:
     spec: dict[str, Any] = {ours: values.count(key) for ours, key in _COUNTS.items()}
     for ours, key in _FRACTIONS.items():
         spec[ours] = fields.number(key, fields.values, fields.defaults[key])
-    activation = str(fields.get("hidden_act"))
-    if activation not in tuple(ACTIVATIONS):
+    activation: Any = str(fields.get("hidden_act"))
+    if activation not in get_args(Activation):
         raise CheckpointError(
             f"{fields.file}: hidden_act '{activation}' is not supported",
-            nearest(activation, ACTIVATIONS),
+            nearest(activation, get_args(Activation)),
         )
     _refuse_sliding(fields)
     bos, pad = token_ids(fields, "bos_token_id"), token_ids(fields, "pad_token_id")

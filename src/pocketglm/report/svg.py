@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 import numpy as np
@@ -253,3 +254,50 @@ def dumbbells(key: str, rows: Sequence[tuple[str, float, float, int]]) -> str:
         body.append(_text(f"{value * 100:g} %", _pct(x), bottom + 12, "t mute", anchor))
     said = "; ".join(f"{label} {b * 100:.0f} to {a * 100:.0f} %" for label, b, a, _ in rows)
     return _chart(key, bottom + 18, "Recall of the classes that changed most", said, *body)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A predicted value with its range. css: pass, fail, inconclusive or stated."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    css: str
+
+
+def ranges(key: str, title: str, unit: str, rows: Sequence[Range], limit: float | None) -> str:
+    """Ranges on one logarithmic axis, a row each; the upright line is the limit."""
+    values = [number for row in rows for number in (row.low, row.high)]
+    ends = [*values, limit] if limit else values
+    start, end = math.log10(min(ends)) - 0.04, math.log10(max(ends)) + 0.04
+    span, bottom = max(end - start, 1e-9), 40.0 * len(rows) + 4
+
+    def at(value: float) -> float:
+        return (math.log10(value) - start) / span * 100
+
+    body, said = [], []
+    for index, row in enumerate(rows):
+        y = 40 * index
+        words = f"{_format.number(row.low, unit)} to {_format.quantity(row.high, unit)}"
+        body += [
+            _text(row.label, "0", y + 14, "t"),
+            _text(words, "100%", y + 14, "t num mute", "end"),
+            _tag("line", x1=0, x2="100%", y1=y + 27, y2=y + 27, class_="guide"),
+            _tag(
+                "rect", x=_pct(at(row.low)), y=y + 24, width=_pct(at(row.high) - at(row.low)),
+                height=6, rx=3, class_=f"ci {row.css}",
+            ),
+            _tag("circle", cx=_pct(at(row.value)), cy=y + 27, r=5, class_=f"dot {row.css}"),
+        ]  # fmt: skip
+        said.append(f"{row.label} {words}")
+    if limit:
+        x = _pct(at(limit))
+        for index in range(len(rows)):  # not across the words between them
+            y = 40 * index
+            body.append(_tag("line", x1=x, x2=x, y1=y + 19, y2=y + 35, class_="limit"))
+        words = f"limit {_format.quantity(limit, unit)}"
+        body.append(_text(words, x, bottom + 15, "t mute", _side(at(limit))))
+        said.append(words)
+    return _chart(key, bottom + (22 if limit else 4), title, "; ".join(said), *body)
