@@ -577,3 +577,20 @@ def test_a_machine_that_tells_nothing_is_measured_all_the_same(
 def test_the_best_round_counts() -> None:
     work: Callable[[int], None] = lambda _: None  # noqa: E731
     assert here._best(work, 2) < 1
+
+
+def test_the_interval_of_memory_is_of_what_is_not_counted() -> None:
+    row = some_rows()[0]
+    errors = [
+        leave_out.Error(row, "memory", "cpu", chip, predicted, 1000.0, beyond=200.0)
+        for chip, predicted in (("a", 1100.0), ("b", 940.0))
+    ]
+    assert [error.miss for error in errors] == pytest.approx([0.5, 0.3])
+    assert leave_out.factor(errors) == pytest.approx(0.5)
+    share = constants().factor("memory", "cpu")
+    found = predict(DECODER, all_profiles()["xiaomi-14"], "onnx").peak_memory_mb
+    assert share is not None
+    assert found is not None
+    least = (DECODER.weight_bytes + DECODER.kv_bytes_per_token * DECODER.positions) / 1e6
+    assert found.high - found.value == pytest.approx(share * (found.value - least))
+    assert found.low == pytest.approx(max(least, 2 * found.value - found.high))

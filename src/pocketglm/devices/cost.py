@@ -18,7 +18,14 @@ import yaml
 from pydantic import Field
 
 from pocketglm.contracts import Config
-from pocketglm.devices.fit_sizes import Load, Memory, cache_mb, load_seconds, memory_mb, memory_of
+from pocketglm.devices.fit_sizes import (
+    Load,
+    Memory,
+    counted_mb,
+    load_seconds,
+    memory_mb,
+    memory_of,
+)
 from pocketglm.devices.machine import machine_of
 from pocketglm.devices.profile import DeviceProfile
 from pocketglm.devices.roofline import Rates, Unit, Workload, prompt_seconds, token_seconds
@@ -30,7 +37,7 @@ FILE = Path(__file__).parent / "cost.yaml"
 RUNTIMES = ("onnx", "litert", "executorch", "coreml", "gguf", "mnn", "qnn")
 USELESS = 10.0  # an interval of more than such a factor both ways says nothing: null
 MB = 1e6
-Factor = Annotated[float, Field(ge=1)]
+Factor = Annotated[float, Field(gt=0)]
 
 
 class Interval(Config):
@@ -74,8 +81,8 @@ class Prediction(Config):
 class Constants(Config):
     """`cost.yaml`. rates: by `runtime/unit`, and `unit` for a runtime that has no row of its own.
     memory: by `kind/runtime/unit`, and `kind`. load: by unit. watts: by `device kind/unit`. spread:
-    by `quantity/unit` or quantity, the interval's factor both ways; `other/...` for a runtime
-    without rows.
+    by `quantity/unit` or quantity, the interval's factor both ways (memory: the share of what is
+    beyond weights and cache); `other/...` for a runtime without rows.
     """
 
     rates: dict[str, Rates] = {}
@@ -190,18 +197,15 @@ def _load(fitted: Constants, workload: Workload, unit: Unit, notes: list[str]) -
 def _memory(
     fitted: Constants, workload: Workload, runtime: str, unit: Unit, notes: list[str]
 ) -> Interval | None:
-    """Never less than the weights and the cache."""
+    """Never less than the weights and the cache; what is beyond them is what may be wrong."""
     memory = memory_of(fitted.memory, workload.kind, runtime, unit)
-    found = (
-        None
-        if memory is None
-        else _around(memory_mb(workload, memory), fitted.factor("memory", unit))
-    )
-    if found is None:
+    share = fitted.factor("memory", unit)
+    if memory is None or share is None:
         notes.append(f"no peak memory: too little is published of {workload.kind}s on a {unit}")
         return None
-    least = workload.weight_bytes / MB + cache_mb(workload)
-    return Interval(value=found.value, low=max(found.low, least), high=found.high)
+    value, least = memory_mb(workload, memory), counted_mb(workload)
+    margin = share * (value - least)
+    return Interval(value=value, low=max(value - margin, least), high=value + margin)
 
 
 def _energy(

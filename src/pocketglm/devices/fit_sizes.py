@@ -75,6 +75,11 @@ def cache_mb(workload: Workload) -> float:
     return workload.kv_bytes_per_token * workload.positions / MB
 
 
+def counted_mb(workload: Workload) -> float:
+    """Weights and cache in MB: what needs no guess."""
+    return workload.weight_bytes / MB + cache_mb(workload)
+
+
 def memory_mb(workload: Workload, memory: Memory) -> float:
     """Peak memory of a process that holds the model and answers."""
     weights = workload.weight_bytes / MB

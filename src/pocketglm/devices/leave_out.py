@@ -17,6 +17,7 @@ import numpy as np
 from pocketglm.devices.fit import Row, fit, predicted_seconds
 from pocketglm.devices.fit_sizes import (
     Size,
+    counted_mb,
     fit_load,
     fit_memory,
     load_seconds,
@@ -39,7 +40,9 @@ R = TypeVar("R", bound=Chipped)
 @dataclass(frozen=True)
 class Error:
     """A published figure and what a fit without its chip makes of it. quantity: as in the table.
-    Figures of speeds in tokens a second, of times in ms, of memory in MB.
+    Figures of speeds in tokens a second, of times in ms, of memory in MB. beyond: the part of the
+    prediction that is not counted but guessed, of which an error is a share (memory: what is not
+    weights and cache); 0: all of it, and errors are factors.
     """
 
     row: Row | Size
@@ -48,10 +51,18 @@ class Error:
     chip: str
     predicted: float
     measured: float
+    beyond: float = 0.0
 
     @property
-    def log(self) -> float:
-        return float(np.log(self.predicted / self.measured))
+    def miss(self) -> float:
+        """How far off: a log of a factor, or a share of `beyond`."""
+        if self.beyond:
+            return abs(self.predicted - self.measured) / self.beyond
+        return abs(float(np.log(self.predicted / self.measured)))
+
+    def width(self, miss: float) -> float:
+        """What makes an interval of such a miss: the factor, or the share."""
+        return miss if self.beyond else float(np.exp(miss))
 
     @property
     def relative(self) -> float:
@@ -101,7 +112,15 @@ def memory_errors(sizes: Sequence[Size]) -> list[Error]:
         return values
 
     return [
-        Error(size, "memory", size.point.unit, size.chip, value, size.value)
+        Error(
+            size,
+            "memory",
+            size.point.unit,
+            size.chip,
+            value,
+            size.value,
+            beyond=value - counted_mb(size.workload),
+        )
         for size, value in _without(list(sizes), lambda size: size.chip, predict)
         if np.isfinite(value)
     ]
@@ -125,18 +144,18 @@ def load_errors(sizes: Sequence[Size]) -> list[Error]:
 
 
 def factor(errors: Sequence[Error], part: Callable[[Error], Hashable] = lambda e: e.chip) -> float:
-    """The factor that holds `HELD` of the errors, every part (chip) counting the same; the largest
-    error where the parts are too few to leave one out.
+    """The factor (or share of what is guessed) that holds `HELD` of the errors, every part (chip)
+    counting the same; the largest error where the parts are too few to leave one out.
     """
     parts = [part(error) for error in errors]
-    order = sorted(range(len(errors)), key=lambda place: abs(errors[place].log))
+    order = sorted(range(len(errors)), key=lambda place: errors[place].miss)
     share = 0.0
     wanted = HELD * (1 + 1 / len(set(parts)))
     for place in order:
         share += 1 / (parts.count(parts[place]) * len(set(parts)))
         if share >= wanted - 1e-9:
             break
-    return float(np.exp(abs(errors[place].log)))
+    return errors[place].width(errors[place].miss)
 
 
 def groups(errors: Sequence[Error]) -> dict[str, list[Error]]:
@@ -154,7 +173,7 @@ def groups(errors: Sequence[Error]) -> dict[str, list[Error]]:
 
 
 def spreads(errors: Sequence[Error]) -> dict[str, float]:
-    """The interval's factor of every group."""
+    """The interval's factor (memory: share) of every group."""
     return {key: factor(own) for key, own in sorted(groups(errors).items())}
 
 
@@ -165,7 +184,7 @@ def covered(errors: Sequence[Error]) -> list[bool]:
         others = [other for other in errors if other.chip != error.chip]
         found = spreads(others)
         wide = found.get(f"{error.quantity}/{error.unit}") or found.get(error.quantity)
-        inside.append(wide is not None and abs(error.log) <= float(np.log(wide)))
+        inside.append(wide is not None and error.width(error.miss) <= wide)
     return inside
 
 
