@@ -335,10 +335,11 @@ quantity. "In the interval" is measured with factors from the other chips only.
 {by_runtime(result)}
 
 The figures are a little flattered: rows came before constants, but what the formulas take into
-account (four threads, SME2, a prompt without the head, short prompts left out, one share for floats)
-was settled while looking at these errors; a first version had 26 % for decode, 52 % for prefill and
-26 % for encoders. The interval's four of five was chosen after nine of ten had held 96 %. {own} of the
-rows are this repository's own, of ONNX Runtime on a CPU, which nobody else publishes.
+account (four threads, SME2, a prompt without the head, short prompts left out, one share for
+floats) was settled while looking at these errors; a first version had 26 % for decode, 52 % for
+prefill and 26 % for encoders. The interval's four of five was chosen after nine of ten had held
+96 %. {own} of the rows are this repository's own, of ONNX Runtime on a CPU, which nobody else
+publishes.
 
 ## What it does not know
 
