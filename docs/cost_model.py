@@ -326,7 +326,8 @@ For every chip the constants are fitted again without all rows of all devices th
 predict those. (Devices of one chip are left out together, which is stricter than one device at a
 time.) The interval is a factor both ways (of memory: a share, both ways, of what is beyond weights
 and cache): the one that holds four of five of those errors, every chip counting the same, of a
-quantity on one unit where there are 15 figures of 5 chips, else of the quantity. "In the interval" is measured with factors from the other chips only.
+quantity on one unit where there are 15 figures of 5 chips, else of the quantity. "In the interval"
+is measured with factors from the other chips only.
 
 {summary(result)}
 
