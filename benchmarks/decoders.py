@@ -162,10 +162,7 @@ def further(scale: Scale) -> dict[str, Row]:
         AGAIN: Row([on]),
         lost: Row([on, int4("quantize_rtn", 32)], AGAIN),
         "INT4 g32 QAT": Row([int4("qat", 32, **qat)], AGAIN, lost),
-        **{
-            f"INT4 g{group} QAD": Row([int4("qat", group, **scale.teaching)], lost=rtn(group))
-            for group in GROUPS
-        },
+        "INT4 g32 QAD": Row([int4("qat", 32, **scale.teaching)], lost=PLAIN),
     }
 
 
