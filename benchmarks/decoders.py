@@ -602,9 +602,9 @@ answers of a model that is too sure of itself helps it on new texts as often as 
 
 `{again}`: {further} more, at the labels; `QAT` learns the same steps at the labels, in INT4, and
 its nats and KL are against `{again}`: two trainings of the same steps end apart, by more than
-rounding. `QAD` learns from fp32 alone ({teaching}; of 3e-4, 1e-4 and 3e-5 the best on the validation
-texts after a quarter of an epoch, not by this command); float weights that did so would stay what
-they are, so that its KL is to fp32 itself.
+rounding. `QAD` learns from fp32 alone ({teaching}; of the rates 3e-4, 1e-4 and 3e-5 the best on
+the validation texts after a quarter of an epoch, not by this command); float weights that did so
+would stay what they are, so that its KL is to fp32 itself.
 
 {rows}
 
