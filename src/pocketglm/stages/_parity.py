@@ -59,6 +59,7 @@ LIMITS = {
     "none": (0.0, 0.999),
     "float16": (0.05, 0.99),  # in some places the runtime computes with half precision
     "dynamic_block": (0.5, 0.9),
+    "dynamic_token": (1.0, 0.85),
     "dynamic_tensor": (1.5, 0.8),
     "static": (1.0, 0.9),
     "mixed": (1.5, 0.8),
@@ -73,6 +74,7 @@ OPTIMIZER_LIMITS = {
     "none": 0.0,
     "float16": 0.02,
     "dynamic_block": 0.1,
+    "dynamic_token": 0.3,
     "dynamic_tensor": 0.3,
     "static": 0.75,
     "mixed": 0.3,
