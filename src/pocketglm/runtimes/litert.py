@@ -11,6 +11,7 @@ from pocketglm.artifacts.export import ExportManifest, read_export
 from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, Session, SessionInfo
 from pocketglm.errors import CheckpointError, UsageError, require
 from pocketglm.runtimes._cores import usable_cores
+from pocketglm.runtimes._litert_decoder import LitertDecoderSession
 
 
 class LitertSession:
@@ -107,9 +108,12 @@ def open_export(path: Path, options: RunOptions) -> Session:
     Raises:
         MissingExtraError: ai-edge-litert is not installed.
         CheckpointError: the model file is missing, changed or corrupt.
+        UsageError: a context that is longer than a decoder's file allows.
     """
     manifest = read_export(path)
     model, threads = _open(path, manifest, options)
+    if manifest.kind == "decoder":
+        return LitertDecoderSession.open(model, path, manifest, threads, options.context)
     info = SessionInfo(
         runtime="litert",
         output=manifest.output,

@@ -189,10 +189,14 @@ def binary(g: Subgraph, kind: str, a: int, b: int, out: str = "") -> int:
     return g.op(kind, [a, b], shape, out=out)
 
 
-def reshape(g: Subgraph, x: int, *shape: int, free: int = -1, dtype: str = "FLOAT32") -> int:
+def reshape(
+    g: Subgraph, x: int, *shape: int, free: int = -1, dtype: str = "FLOAT32", out: str = ""
+) -> int:
     """`free`: the axis whose size follows from the others when the file runs."""
     written = [-1 if axis == free else size for axis, size in enumerate(shape)]
-    return g.op("RESHAPE", [x, g.ints(*written)], shape, dtype=dtype, newShape=written)
+    return g.op(
+        "RESHAPE", [x, g.ints(*written)], shape, dtype=dtype, out=out, newShape=written
+    )
 
 
 def transpose(g: Subgraph, x: int, *order: int) -> int:

@@ -19,6 +19,7 @@ from pocketglm.contracts import Floats
 from pocketglm.errors import require
 from pocketglm.targets._litert_graph import IDENTIFIER, Array, schema
 
+ALL = slice(None)
 _ROUNDING = ("QUANTIZE", "DEQUANTIZE")
 
 
@@ -39,6 +40,10 @@ class FlatFile:
             d.signatureKey.decode(): self.model.subgraphs[d.subgraphIndex] for d in definitions
         }
         self.definitions = {d.signatureKey.decode(): d for d in definitions}
+
+    def kind(self, operator: Any) -> str:
+        """The operator's name in the schema."""
+        return self._kinds[operator.opcodeIndex]
 
     def outputs(self, signature: str) -> dict[str, str]:
         """The outputs' names, and those of their tensors."""
@@ -65,18 +70,20 @@ class FlatFile:
         both = np.stack([data << 4, data], axis=-1).view(np.int8) >> 4
         return both.reshape(shape)
 
-    def floats(self, graph: Any, tensor: Any) -> Array | None:
-        """A constant in float32 if it is quantized, else as it is stored."""
+    def floats(self, graph: Any, tensor: Any, rows: slice = ALL) -> Array | None:
+        """Rows of a constant in float32 if it is quantized, else as they are stored."""
         values, grid = self.stored(tensor), tensor.quantization
         if values is None or grid is None:
-            return values
+            return values if values is None or rows == ALL else values[rows]
+        values = values[rows]
         if grid.detailsType == self.s.QuantizationDetails.BlockwiseQuantization:
             scales = self.stored(graph.tensors[grid.details.scales])
             assert scales is not None
-            return values * np.repeat(scales.astype(np.float32), grid.details.blockSize, axis=1)
+            scales = scales[rows].astype(np.float32)
+            return values * np.repeat(scales, grid.details.blockSize, axis=1)
         if grid.scale is None:
             return values
-        scale = np.asarray(grid.scale, np.float32)
+        scale = np.asarray(grid.scale, np.float32)[rows]
         return (values * scale.reshape(-1, *[1] * (values.ndim - 1))).astype(np.float32)
 
     def part(
@@ -89,7 +96,7 @@ class FlatFile:
         for operator in graph.operators:
             ins = [alias.get(int(i), int(i)) for i in operator.inputs]
             outs = [int(i) for i in operator.outputs]
-            if self._kinds[operator.opcodeIndex] in _ROUNDING:
+            if self.kind(operator) in _ROUNDING:
                 alias[outs[0]] = ins[0]
             else:
                 operators.append((operator, ins, outs))
