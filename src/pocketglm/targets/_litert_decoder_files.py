@@ -1,4 +1,6 @@
-"""The folder of a decoder for LiteRT: model.tflite, config.json, delegate.json, the tokenizer."""
+"""The folder of a decoder: model.tflite for LiteRT, model.litertlm for LiteRT-LM, config.json,
+delegate.json and the tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import torch
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.manifest import write_json
 from pocketglm.contracts import ExportOptions, Lowered, Reporter
-from pocketglm.model.hf import decoder_config, decoder_spec_of, max_length_of
+from pocketglm.model.hf import decoder_config, decoder_spec_of, eos_ids_of, max_length_of
 from pocketglm.model.spec import upstream_spec
 from pocketglm.targets._litert_decoder import DECODE, DecoderModel
 from pocketglm.targets._litert_files import (
@@ -20,6 +22,7 @@ from pocketglm.targets._litert_files import (
     ports,
     scheme_reasons,
 )
+from pocketglm.targets._litert_lm import write_bundle
 from pocketglm.targets._litert_weights import Weights
 from pocketglm.targets._onnx_folder import write_tokenizer
 
@@ -47,6 +50,11 @@ def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporte
     config = decoder_config(upstream_spec(spec), ckpt, torch.float32)
     write_json(out / "config.json", config | {"max_position_embeddings": context})
     write_tokenizer(ckpt, out, context)
+    if stops := eos_ids_of(ckpt):
+        reporter.say("writing the LiteRT-LM bundle")
+        write_bundle(out, out / MODEL, context=context, bos_id=spec.bos_id, eos_ids=stops)
+    else:
+        reporter.say("no model.litertlm: LiteRT-LM needs a token that ends a text, there is none")
     decode = next(graph for graph in model.graphs if graph.signature == DECODE)
     kinds = {"tokens": "int32", "input_pos": "int32"}
     outputs = {"logits": decode.outputs["logits"], **decode.outputs}
