@@ -89,7 +89,7 @@ class _DecoderGraph:
             for kind in "kv":
                 g.input(f"kv_cache_{kind}_{index}", shape)
         self._cos, self._sin = self._rotary("cos"), self._rotary("sin")
-        self._mask = self._attend()
+        self._mask, self._start = self._attend(), self._first_slot()
         flat = reshape(g, ids, n, dtype="INT32")
         words = embedding(g, self.weights, "tokens", flat)
         x = reshape(g, words, 1, n, spec.hidden_size, out="embeddings")
@@ -131,6 +131,12 @@ class _DecoderGraph:
         seen = g.op("LESS_EQUAL", [places, positions], (n, slots), dtype="BOOL")
         bias = g.op("SELECT_V2", [seen, g.scalar(0.0), g.scalar(_MASKED)], (n, slots))
         return reshape(g, bias, 1, 1, n, slots)
+
+    def _first_slot(self) -> int:
+        """Where this call's keys and values begin in the cache: int32 [4]."""
+        g, zero = self.g, self.g.ints(0)
+        first = g.op("SLICE", [self._positions, zero, g.ints(1)], (1,), dtype="INT32")
+        return g.op("CONCATENATION", [zero, zero, first, zero], (4,), dtype="INT32", axis=0)
 
     def _turn(self, x: int) -> int:
         """Queries or keys [1, N, heads, head_dim], their first features turned."""

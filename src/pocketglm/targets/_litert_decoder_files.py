@@ -14,6 +14,7 @@ from pocketglm.contracts import ExportOptions, Lowered, Reporter
 from pocketglm.model.hf import decoder_config, decoder_spec_of, eos_ids_of, max_length_of
 from pocketglm.model.spec import upstream_spec
 from pocketglm.targets._litert_decoder import DECODE, DecoderModel
+from pocketglm.targets._litert_delegate import write_delegates
 from pocketglm.targets._litert_files import (
     MINIMUM,
     MODEL,
@@ -50,6 +51,8 @@ def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporte
     config = decoder_config(upstream_spec(spec), ckpt, torch.float32)
     write_json(out / "config.json", config | {"max_position_embeddings": context})
     write_tokenizer(ckpt, out, context)
+    quantized = bool(weights.linear_schemes)
+    write_delegates(out, out / MODEL, quantized=quantized, decoder=True)
     if stops := eos_ids_of(ckpt):
         reporter.say("writing the LiteRT-LM bundle")
         write_bundle(out, out / MODEL, context=context, bos_id=spec.bos_id, eos_ids=stops)

@@ -10,6 +10,7 @@ from pocketglm.artifacts.manifest import write_json
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import ExportOptions, Lowered, Reporter
 from pocketglm.model.hf import is_embedding, max_length_of, role_of, spec_of
+from pocketglm.targets._litert_delegate import write_delegates
 from pocketglm.targets._litert_encoder import EncoderGraph
 from pocketglm.targets._litert_graph import FlatModel, Subgraph
 from pocketglm.targets._litert_linear import refusal
@@ -51,6 +52,8 @@ def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporte
     model.write(out / MODEL)
     write_json(out / "config.json", encoder_config(ckpt, spec, max_length))
     write_tokenizer(ckpt, out, max_length)
+    quantized = bool(weights.linear_schemes)
+    write_delegates(out, out / MODEL, quantized=quantized, decoder=False)
     return Lowered(
         model_file=MODEL,
         inputs=ports(graph.g, graph.g.inputs, "int32", {1: "sequence"}),

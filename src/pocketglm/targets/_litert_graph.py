@@ -38,7 +38,6 @@ _OPTIONS = {
     "MAXIMUM": "MaximumMinimumOptions",
 }
 _WITHOUT = {"RSQRT", "LOGISTIC", "TANH", "RELU", "EMBEDDING_LOOKUP"}
-_VERSIONS = {"FULLY_CONNECTED": 12}  # the first that may read INT4 by block
 
 
 def schema() -> ModuleType:
@@ -81,7 +80,7 @@ class FlatModel:
         self.graphs: list[Subgraph] = []
         self.buffers = [_Buffer(0, None, None)]
         self.named: dict[str, int] = {}
-        self.codes: dict[str, int] = {}
+        self.codes: dict[tuple[str, int], int] = {}
 
     def subgraph(self, signature: str) -> Subgraph:
         """A new one, which callers know as `signature`."""
@@ -97,9 +96,9 @@ class FlatModel:
             self.buffers.append(_Buffer(size, data, None if data is not None else make))
         return self.named[name]
 
-    def code(self, kind: str) -> int:
+    def code(self, kind: str, version: int) -> int:
         """The number of an operator's code."""
-        return self.codes.setdefault(kind, len(self.codes))
+        return self.codes.setdefault((kind, version), len(self.codes))
 
     @property
     def operators(self) -> dict[str, int]:
@@ -133,7 +132,7 @@ class FlatModel:
         s = self.s
         model = s.ModelT()
         model.version, model.description = 3, "PocketGLM"
-        model.operatorCodes = [self._code(kind) for kind in self.codes]
+        model.operatorCodes = [self._code(*code) for code in self.codes]
         model.buffers = [self._buffer(buffer) for buffer in self.buffers]
         model.subgraphs = [graph.packed() for graph in self.graphs]
         model.signatureDefs = [graph.definition(i) for i, graph in enumerate(self.graphs)]
@@ -141,11 +140,11 @@ class FlatModel:
         builder.Finish(model.Pack(builder), IDENTIFIER)
         return bytes(builder.Output())
 
-    def _code(self, kind: str) -> Any:
+    def _code(self, kind: str, version: int) -> Any:
         code = self.s.OperatorCodeT()
         code.builtinCode = getattr(self.s.BuiltinOperator, kind)
         code.deprecatedBuiltinCode = min(code.builtinCode, 127)
-        code.version = _VERSIONS.get(kind, 1)
+        code.version = version
         return code
 
     def _buffer(self, buffer: _Buffer) -> Any:
@@ -253,20 +252,29 @@ class Subgraph:
         *,
         out: str = "",
         dtype: str = "FLOAT32",
+        version: int = 1,
         **options: Any,
     ) -> int:
-        """One operator; its result, named `out`. An input -1 is absent."""
+        """One operator; its result, named `out`. An input -1 is absent.
+
+        version: the operator's; a runtime or delegate that knows only older ones leaves it.
+        """
         name = out or f"{kind.lower()}.{len(self._operators)}"
         result = self.tensor(name, shape, dtype)
-        self.add(kind, inputs, [result], options)
+        self.add(kind, inputs, [result], options, version)
         return result
 
     def add(
-        self, kind: str, inputs: Sequence[int], outputs: Sequence[int], options: dict[str, Any]
+        self,
+        kind: str,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        options: dict[str, Any],
+        version: int = 1,
     ) -> None:
         """An operator whose outputs are there."""
         operator = self.model.s.OperatorT()
-        operator.opcodeIndex = self.model.code(kind)
+        operator.opcodeIndex = self.model.code(kind, version)
         operator.inputs, operator.outputs = list(inputs), list(outputs)
         if kind not in _WITHOUT:
             words = (word.capitalize() for word in kind.split("_"))

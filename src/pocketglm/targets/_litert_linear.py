@@ -27,6 +27,10 @@ from pocketglm.ops.stored import Quantized
 from pocketglm.targets._litert_graph import Array, Grid, Subgraph
 from pocketglm.targets._litert_weights import Weights
 
+# Versions of FULLY_CONNECTED: with `keepNumDims`, and with scales per channel or block. A runtime
+# that does not know these scales would take the first for all: it must not open the file.
+FLOAT_VERSION, INTEGER_VERSION = 5, 12
+_QUANTIZED_LOOKUP = 4  # of EMBEDDING_LOOKUP, likewise
 GROUPS = (32, 64, 128)  # the widths that XNNPACK's kernels were tried with
 
 
@@ -113,6 +117,7 @@ def _product(
         [x, weight, vector(g, weights, f"{layer}.bias") if bias else -1],
         shape,
         out=out,
+        version=INTEGER_VERSION if dynamic else FLOAT_VERSION,
         keepNumDims=len(shape) > 2,
         asymmetricQuantizeInputs=dynamic,
     )
@@ -130,7 +135,12 @@ def _static(g: Subgraph, weights: Weights, x: int, layer: str, *, bias: bool, ou
     rounded = g.op("QUANTIZE", [x], g.shapes[x], dtype="INT8")
     g.set_grid(rounded, Grid(np.array([inputs.scale]), zero=inputs.zero_point))
     product = g.op(
-        "FULLY_CONNECTED", [rounded, weight, -1], shape, dtype="INT8", keepNumDims=len(shape) > 2
+        "FULLY_CONNECTED",
+        [rounded, weight, -1],
+        shape,
+        dtype="INT8",
+        version=INTEGER_VERSION,
+        keepNumDims=len(shape) > 2,
     )
     results = grid_of(*weights.results[layer], symmetric=False)
     g.set_grid(product, Grid(np.array([results.scale]), zero=results.zero_point))
@@ -172,7 +182,8 @@ def embedding(
     """Rows of a table: indices `rows` int32 [n] -> [n, H]."""
     values = table(g, weights, layer, limit)
     shape = (*g.shapes[rows], g.shapes[values][1])
-    return g.op("EMBEDDING_LOOKUP", [rows, values], shape)
+    version = _QUANTIZED_LOOKUP if weights.scheme(f"{layer}.weight") else 1
+    return g.op("EMBEDDING_LOOKUP", [rows, values], shape, version=version)
 
 
 def vector(g: Subgraph, weights: Weights, name: str) -> int:
@@ -218,12 +229,12 @@ def product(g: Subgraph, a: int, b: int, *, transposed: bool = False) -> int:
 
 
 def part(g: Subgraph, x: int, axis: int, start: int, size: int) -> int:
-    """`size` entries of one axis from `start`; the other axes whole."""
+    """`size` entries of one axis from `start`; the other axes whole, and of fixed sizes."""
     shape = g.shapes[x]
     begin = [start if index == axis else 0 for index in range(len(shape))]
-    sizes = [size if index == axis else -1 for index in range(len(shape))]
-    result = tuple(size if index == axis else n for index, n in enumerate(shape))
-    return g.op("SLICE", [x, g.ints(*begin), g.ints(*sizes)], result)
+    # Written out: XNNPACK leaves a slice whose sizes are -1, "all".
+    sizes = tuple(size if index == axis else n for index, n in enumerate(shape))
+    return g.op("SLICE", [x, g.ints(*begin), g.ints(*sizes)], sizes)
 
 
 def concat(g: Subgraph, parts: Sequence[int], axis: int) -> int:
