@@ -237,12 +237,8 @@ class _DecoderGraph:
     def _keep(self, new: int, kind: str, index: int) -> int:
         """The cache with new keys or values [1, kv heads, N, head_dim] in their slots."""
         g, name = self.g, f"kv_cache_{kind}_{index}"
-        old, zero = g.inputs[name], g.ints(0)
-        first = g.op("SLICE", [self._positions, zero, g.ints(1)], (1,), dtype="INT32")
-        start = g.op(
-            "CONCATENATION", [zero, zero, first, zero], (4,), dtype="INT32", axis=0
-        )
-        g.outputs[name] = g.op("DYNAMIC_UPDATE_SLICE", [old, new, start], g.shapes[old])
+        old = g.inputs[name]
+        g.outputs[name] = g.op("DYNAMIC_UPDATE_SLICE", [old, new, self._start], g.shapes[old])
         return g.outputs[name]
 
     def _largest(self, scores: int) -> int:
