@@ -104,7 +104,12 @@ class _Runs:
         """`call` of a row's next values and their first position, for all rows."""
         starts = range(0, values.shape[1], self.size)
         rows = [
-            np.concatenate([call(row[start : start + self.size], start).reshape(self.size, -1) for start in starts])
+            np.concatenate(
+                [
+                    call(row[start : start + self.size], start).reshape(self.size, -1)
+                    for start in starts
+                ]
+            )
             for row in values
         ]
         return np.stack(rows)[:, : self.ids.shape[1]]
@@ -114,7 +119,9 @@ def _tables(flat: FlatFile) -> Iterator[tuple[str, Floats]]:
     """Rows of an embedding that is not the head, and the rotary tables."""
     graph = flat.graphs[DECODE]
     names = flat.names(DECODE)
-    cos, sin = (flat.floats(graph, graph.tensors[names[f"rotary.{kind}"]]) for kind in ("cos", "sin"))
+    cos, sin = (
+        flat.floats(graph, graph.tensors[names[f"rotary.{kind}"]]) for kind in ("cos", "sin")
+    )
     assert cos is not None
     assert sin is not None
     for start in range(0, len(cos), _POSITIONS):

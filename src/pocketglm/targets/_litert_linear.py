@@ -205,9 +205,7 @@ def reshape(
 ) -> int:
     """`free`: the axis whose size follows from the others when the file runs."""
     written = [-1 if axis == free else size for axis, size in enumerate(shape)]
-    return g.op(
-        "RESHAPE", [x, g.ints(*written)], shape, dtype=dtype, out=out, newShape=written
-    )
+    return g.op("RESHAPE", [x, g.ints(*written)], shape, dtype=dtype, out=out, newShape=written)
 
 
 def transpose(g: Subgraph, x: int, *order: int) -> int:

@@ -34,9 +34,7 @@ def write_bundle(
     builder = require("litert_lm_builder.litertlm_builder", extra="litert")
     file = folder / "llm_metadata.pb"
     file.write_bytes(_metadata(folder, context, bos_id, eos_ids).SerializeToString())
-    form = builder.Metadata(
-        key="prefer_activation_type", value="fp32", dtype=builder.DType.STRING
-    )
+    form = builder.Metadata(key="prefer_activation_type", value="fp32", dtype=builder.DType.STRING)
     bundle = builder.LitertLmFileBuilder()
     bundle.add_system_metadata(
         builder.Metadata(key="Authors", value="PocketGLM", dtype=builder.DType.STRING)
