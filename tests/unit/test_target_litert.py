@@ -1,4 +1,4 @@
-"""The LiteRT target for encoders: every form runs in LiteRT and computes what the checkpoint does."""
+"""The LiteRT target for encoders: every form runs, and computes what the checkpoint does."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def linears(**scheme: Any) -> dict[str, TensorScheme]:
 def dynamic(bits: int, group: int | None = None) -> dict[str, TensorScheme]:
     scheme = {"bits": bits, "group_size": group}
     return {
-        WORDS: TensorScheme(**scheme),  # type: ignore[arg-type]
+        WORDS: TensorScheme(**scheme),
         **linears(**scheme, activation="dynamic_block"),
     }
 
@@ -168,7 +168,7 @@ def test_a_changed_integer_is_found(tmp_path: Path) -> None:
     file.write_bytes(bytes(raw))
     changed = read_weights(file)[QUERY].q != read_quantized(ckpt, f"bert.{QUERY}").q.numpy()
     assert changed.sum() == 1
-    with pytest.raises(ParityError, match="'block.0' of the written file differs"):
+    with pytest.raises(ParityError, match=r"'block.0' of the written file differs"):
         _parity.check_parity(ckpt, out, manifest, TARGET, Silent())
 
 

@@ -122,8 +122,6 @@ def _tables(flat: FlatFile) -> Iterator[tuple[str, Floats]]:
     cos, sin = (
         flat.floats(graph, graph.tensors[names[f"rotary.{kind}"]]) for kind in ("cos", "sin")
     )
-    assert cos is not None
-    assert sin is not None
     for start in range(0, len(cos), _POSITIONS):
         stop = min(start + _POSITIONS, len(cos))
         yield f"rotary.{start}:{stop}", np.stack([cos[start:stop], sin[start:stop]])
@@ -136,5 +134,4 @@ def _tables(flat: FlatFile) -> Iterator[tuple[str, Floats]]:
     for start in range(0, rows, _ROWS):
         stop = min(start + _ROWS, rows)
         values = flat.floats(graph, graph.tensors[table], slice(start, stop))
-        assert values is not None
         yield f"rows.{start}:{stop}", values

@@ -1,4 +1,4 @@
-"""A decoder as LiteRT graphs, written by hand: one of each prompt length, `prefill_N`, and `decode`.
+"""A decoder as LiteRT graphs, written by hand: `prefill_N` for prompts of N tokens, and `decode`.
 
 They share their constants. Names and layouts are those that LiteRT-LM knows: `tokens` int32 [1, N],
 `input_pos` int32 [N], `kv_cache_k_I` and `kv_cache_v_I` float32 [1, kv heads, slots, head_dim] in

@@ -33,7 +33,7 @@ class FlatFile:
         self._array = np.frombuffer(self._bytes, np.uint8)
         self.model = self.s.ModelT.InitFromPackedBuf(self._bytes, 0)
         names = {v: k for k, v in vars(self.s.BuiltinOperator).items() if k[0] != "_"}
-        self._kinds = [names[code.builtinCode] for code in self.model.operatorCodes]
+        self._kinds: list[str] = [names[code.builtinCode] for code in self.model.operatorCodes]
         self._types = {v: k for k, v in vars(self.s.TensorType).items() if k[0] != "_"}
         definitions = self.model.signatureDefs
         self.graphs = {
@@ -55,36 +55,36 @@ class FlatFile:
         """The tensors of a subgraph by name."""
         return {t.name.decode(): i for i, t in enumerate(self.graphs[signature].tensors)}
 
-    def stored(self, tensor: Any) -> Array | None:
-        """A constant as it is stored, of INT4 int8; None: it is no constant."""
+    def holds(self, tensor: Any) -> bool:
+        """Whether a tensor is a constant."""
+        buffer = self.model.buffers[tensor.buffer]
+        return buffer.offset > 1 or (buffer.data is not None and len(buffer.data) > 0)
+
+    def stored(self, tensor: Any) -> Array:
+        """A constant as it is stored, of INT4 int8."""
         buffer = self.model.buffers[tensor.buffer]
         if buffer.offset > 1:
             data = self._array[buffer.offset : buffer.offset + buffer.size]
-        elif buffer.data is None or not len(buffer.data):
-            return None
         else:
-            data = np.asarray(buffer.data)
+            data = np.asarray(buffer.data, np.uint8)
         shape, kind = [int(size) for size in tensor.shape], self._types[tensor.type]
         if kind != "INT4":
             return data.view(kind.lower()).reshape(shape)
         both = np.stack([data << 4, data], axis=-1).view(np.int8) >> 4
         return both.reshape(shape)
 
-    def floats(self, graph: Any, tensor: Any, rows: slice = ALL) -> Array | None:
+    def floats(self, graph: Any, tensor: Any, rows: slice = ALL) -> Array:
         """Rows of a constant in float32 if it is quantized, else as they are stored."""
         values, grid = self.stored(tensor), tensor.quantization
-        if values is None or grid is None:
-            return values if values is None or rows == ALL else values[rows]
-        values = values[rows]
+        if grid is None:
+            return values[rows] if values.ndim else values
         if grid.detailsType == self.s.QuantizationDetails.BlockwiseQuantization:
-            scales = self.stored(graph.tensors[grid.details.scales])
-            assert scales is not None
-            scales = scales[rows].astype(np.float32)
-            return values * np.repeat(scales, grid.details.blockSize, axis=1)
-        if grid.scale is None:
-            return values
+            scales = self.stored(graph.tensors[grid.details.scales])[rows].astype(np.float32)
+            whole: Array = values[rows] * np.repeat(scales, grid.details.blockSize, axis=1)
+            return whole
         scale = np.asarray(grid.scale, np.float32)[rows]
-        return (values * scale.reshape(-1, *[1] * (values.ndim - 1))).astype(np.float32)
+        scaled: Array = values[rows] * scale.reshape(-1, *[1] * (values.ndim - 1))
+        return scaled
 
     def part(
         self, signature: str, outputs: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
@@ -131,10 +131,10 @@ class FlatFile:
             tensor, source = s.TensorT(), graph.tensors[old]
             tensor.name, tensor.shape = f"t{old}", list(fed.get(old, source.shape))
             tensor.type, tensor.hasRank = source.type, True
-            values = self.floats(graph, source)
             if source.quantization is not None and source.quantization.scale is not None:
                 tensor.type = s.TensorType.FLOAT32
-            if values is not None:
+            if self.holds(source):
+                values = self.floats(graph, source)
                 tensor.type = getattr(s.TensorType, values.dtype.name.upper())
                 buffer = s.BufferT()
                 buffer.data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
