@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import flatbuffers
 import numpy as np
 import numpy.typing as npt
 
@@ -136,7 +135,7 @@ class FlatModel:
         model.buffers = [self._buffer(buffer) for buffer in self.buffers]
         model.subgraphs = [graph.packed() for graph in self.graphs]
         model.signatureDefs = [graph.definition(i) for i, graph in enumerate(self.graphs)]
-        builder = flatbuffers.Builder(1 << 16)
+        builder = require("flatbuffers", extra="litert").Builder(1 << 16)
         builder.Finish(model.Pack(builder), IDENTIFIER)
         return bytes(builder.Output())
 

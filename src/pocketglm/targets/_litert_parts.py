@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flatbuffers
 import numpy as np
 
 from pocketglm.contracts import Floats
@@ -143,7 +142,7 @@ class FlatFile:
             sub.tensors.append(tensor)
         sub.operators = [_moved(s, *entry, place) for entry in operators]
         sub.inputs, sub.outputs = [place[i] for i in fed], [place[i] for i in wanted]
-        builder = flatbuffers.Builder(1 << 16)
+        builder = require("flatbuffers", extra="litert").Builder(1 << 16)
         builder.Finish(model.Pack(builder), IDENTIFIER)
         return bytes(builder.Output())
 

@@ -1,7 +1,7 @@
 """The ranges that the products of static layers have, before the bias.
 
-A checkpoint knows those of the inputs alone, but LiteRT's integer product also rounds its result
-to a fixed grid. Its range is taken from embedded phone-assistant commands in English and Chinese,
+A checkpoint knows those of the inputs alone, but LiteRT's product of integers also rounds its
+result to a fixed grid. Its range is taken from embedded phone-assistant commands in English and Chinese,
 and random tokens, and widened on both sides.
 """
 
@@ -18,10 +18,11 @@ from pocketglm.data.commands import generate
 from pocketglm.model.hf import load_encoder
 from pocketglm.model.inputs import input_grids
 from pocketglm.ops.fake_quant import quantized_inputs
+from pocketglm.targets._litert_linear import INT8_RESULTS
 from pocketglm.text.tokenizer import Tokenizer
 
 _ROWS = 64  # texts of each language, and rows of random tokens
-_MARGIN = 0.25  # of the range, on either side
+_MARGIN = 0.05  # of the range, on either side
 
 
 def result_ranges(ckpt: Checkpoint, max_length: int) -> dict[str, tuple[float, float]]:
@@ -40,7 +41,8 @@ def result_ranges(ckpt: Checkpoint, max_length: int) -> dict[str, tuple[float, f
 
         return hook
 
-    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in grids]
+    watched = [name for name in grids if name.endswith(INT8_RESULTS)]
+    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in watched]
     with torch.inference_mode(), quantized_inputs(model, grids):
         for ids, mask in _rows(ckpt, max_length):
             model(torch.from_numpy(ids), torch.from_numpy(mask))
