@@ -1,21 +1,29 @@
 """An open LiteRT decoder of an export folder. Torch-free.
 
-The file has graphs for prompts of some lengths and one for a single token (see export.json); each
-takes the cache and gives it back. A prompt goes through the longest graphs that it fills, its rest
-through the shortest that holds it, padded behind.
+The file has graphs for prompts of some lengths and one for a single token (see export.json). A
+prompt goes through the longest graphs that it fills, its rest through the shortest that holds it,
+padded behind. The cache is one set of LiteRT's own buffers, which every graph reads and writes in
+place: the interpreter's signatures would copy it in and out at each token (6.0 ms instead of 0.9
+for 10 layers and 1151 slots).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import functools
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pocketglm.artifacts.export import ExportManifest
-from pocketglm.contracts import Floats, Ids, SessionInfo
-from pocketglm.errors import CheckpointError
+from pocketglm.contracts import Floats, Ids, RunOptions, SessionInfo
+from pocketglm.errors import CheckpointError, require
 from pocketglm.runtimes._text import check_rewind, check_tokens, context_of
 
 _DECODE = "decode"
@@ -26,33 +34,38 @@ class LitertDecoderSession:
 
     def __init__(self, model: Any, info: SessionInfo) -> None:
         self._model, self.info = model, info
-        self._runners = {name: model.get_signature_runner(name) for name in _signatures(model)}
-        self._sizes = sorted(_size(name) for name in self._runners if name != _DECODE)
-        details = self._runners[_DECODE].get_input_details()
-        self._shapes = {n: tuple(d["shape"]) for n, d in details.items() if n[:2] == "kv"}
         self._length = 0
-        self._cache = self._empty()
+        details = model.get_input_tensor_details(_DECODE)
+        self._shapes = {n: tuple(d["shape"]) for n, d in details.items() if n[:2] == "kv"}
+        self._cache = {n: model.create_input_buffer_by_name(_DECODE, n) for n in self._shapes}
+        for name, shape in self._shapes.items():
+            self._cache[name].write(np.zeros(shape, np.float32))
+        self._graphs = {
+            _size(name): _Graph(model, name, self._cache, ports["outputs"])
+            for name, ports in model.get_signature_list().items()
+        }
+        self._sizes = sorted(size for size in self._graphs if size)
 
     @classmethod
     def open(
-        cls, model: Any, path: Path, manifest: ExportManifest, threads: int, context: int | None
+        cls, file: Path, manifest: ExportManifest, threads: int, options: RunOptions
     ) -> LitertDecoderSession:
-        """Take an open model file into use.
+        """Open a model file.
 
         Raises:
             UsageError: a context that is longer than the file's.
-            CheckpointError: the manifest is not a decoder's.
+            CheckpointError: the manifest is not a decoder's, or LiteRT cannot open the file.
         """
         if manifest.logits is None:
             raise CheckpointError(
-                f"{path}: its export.json does not say which logits the decoder computes",
+                f"{file.parent}: its export.json does not say which logits the decoder computes",
                 "export the checkpoint again",
             )
         info = SessionInfo(
             runtime="litert",
             output="logits",
             kind="decoder",
-            max_length=context_of(manifest.max_length, context, path),
+            max_length=context_of(manifest.max_length, options.context, file.parent),
             activation=manifest.activation,
             threads=threads,
             vocab_size=manifest.vocab_size,
@@ -60,7 +73,7 @@ class LitertDecoderSession:
             eos_ids=tuple(manifest.eos_ids),
             scores=manifest.logits,
         )
-        return cls(model, info)
+        return cls(_compiled(file, threads, optimize=options.optimize), info)
 
     @property
     def length(self) -> int:
@@ -92,8 +105,10 @@ class LitertDecoderSession:
     def fork(self) -> LitertDecoderSession:
         """A session with a copy of the text so far; it shares the weights."""
         other = LitertDecoderSession(self._model, self.info)
-        # Every call gives new arrays and changes none: what is there so far can be shared.
-        other._length, other._cache = self._length, self._cache
+        other._length = self._length
+        for name, shape in self._shapes.items():
+            values = self._cache[name].read(int(np.prod(shape)), np.float32)
+            other._cache[name].write(values.reshape(shape))
         return other
 
     def score(self, ids: Sequence[int]) -> Floats:
@@ -112,7 +127,7 @@ class LitertDecoderSession:
 
     def close(self) -> None:
         """Free the model; the session cannot be used afterwards."""
-        del self._model, self._runners, self._cache
+        del self._graphs, self._cache, self._model
 
     def _append(self, tokens: Ids) -> Floats:
         """Logits of the last token [1, V], or of all [n, V] where the file has them."""
@@ -123,34 +138,98 @@ class LitertDecoderSession:
             rest = prompt - start
             size = next((n for n in self._sizes if n >= rest), self._sizes[-1])
             count = min(size, rest)
-            piece = np.pad(tokens[start : start + count], (0, size - count))
-            out = self._call(f"prefill_{size}", piece, count)
+            logits = self._call(size, tokens[start : start + count])
             if whole:
-                found.append(out["logits"][0, :count])
+                found.append(logits[:count])
             start += count
         if start < len(tokens):
-            found.append(self._call(_DECODE, tokens[start:], 1)["logits"][0])
+            found.append(self._call(0, tokens[start:]))
         return np.concatenate(found)
 
-    def _call(self, name: str, tokens: Ids, count: int) -> dict[str, Floats]:
-        """One graph, of whose tokens the first `count` are the text's."""
-        positions = np.arange(self._length, self._length + len(tokens))
-        out: dict[str, Floats] = self._runners[name](
-            tokens=tokens[None].astype(np.int32),
-            input_pos=positions.astype(np.int32),
-            **self._cache,
-        )
-        self._cache = {key: out.pop(key) for key in self._shapes}
-        self._length += count
-        return out
-
-    def _empty(self) -> dict[str, Floats]:
-        return {name: np.zeros(shape, np.float32) for name, shape in self._shapes.items()}
+    def _call(self, size: int, tokens: Ids) -> Floats:
+        """The logits that one graph has, [n, V]."""
+        logits = self._graphs[size].run(self._model, tokens, self._length)
+        self._length += len(tokens)
+        return logits.reshape(-1, self.info.vocab_size)
 
 
-def _signatures(model: Any) -> list[str]:
-    return list(model.get_signature_list())
+class _Graph:
+    """One graph and its buffers."""
+
+    def __init__(
+        self, model: Any, name: str, cache: dict[str, Any], outputs: Sequence[str]
+    ) -> None:
+        self.name = name
+        self.tokens = int(model.get_input_tensor_details(name)["tokens"]["shape"][1])
+        self.inputs = dict(cache)
+        for key in ("tokens", "input_pos"):
+            self.inputs[key] = model.create_input_buffer_by_name(name, key)
+        self.outputs, self.size = dict(cache), 0
+        if "logits" in outputs:
+            self.outputs["logits"] = model.create_output_buffer_by_name(name, "logits")
+            self.size = int(np.prod(model.get_output_tensor_details(name)["logits"]["shape"]))
+
+    def run(self, model: Any, tokens: Ids, start: int) -> Floats:
+        """Take `tokens` into the cache from position `start`; all logits, flat."""
+        padded = np.zeros((1, self.tokens), np.int32)
+        padded[0, : len(tokens)] = tokens
+        self.inputs["tokens"].write(padded)
+        positions = np.arange(start, start + self.tokens, dtype=np.int32)
+        self.inputs["input_pos"].write(positions)
+        model.run_by_name(self.name, self.inputs, self.outputs)
+        if not self.size:
+            return np.empty(0, np.float32)
+        logits: Floats = self.outputs["logits"].read(self.size, np.float32)
+        return logits
 
 
 def _size(name: str) -> int:
-    return int(name.rpartition("_")[2])
+    """Tokens of a prompt's graph; 0: it is the one for single tokens."""
+    return 0 if name == _DECODE else int(name.rpartition("_")[2])
+
+
+def _compiled(file: Path, threads: int, *, optimize: bool) -> Any:
+    """The open file; without XNNPACK if not `optimize`."""
+    compiled = require("ai_edge_litert.compiled_model", extra="litert")
+    cpu = compiled.CpuOptions(
+        num_threads=threads, kernel_mode=None if optimize else compiled.CpuKernelMode.BUILTIN
+    )
+    try:
+        with _silence():
+            return compiled.CompiledModel.from_file(
+                str(file),
+                environment=_environment(compiled),
+                options=compiled.Options(cpu_options=cpu),
+            )
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"LiteRT cannot open {file}: {error}",
+            "copy the folder again, or export the checkpoint again",
+        ) from error
+
+
+@functools.cache
+def _environment(compiled: Any) -> Any:
+    """LiteRT's for the process, of the CPU alone: it looks for no library of an accelerator."""
+    nowhere = str(Path(compiled.__file__).parent / "none")
+    options = compiled.EnvironmentOptions(
+        runtime_path=nowhere, compiler_plugin_path=nowhere, dispatch_library_path=nowhere
+    )
+    environment = compiled.Environment.create(options=options)
+    # When it is let go, at the process's end at last, it says so on stderr: so it never is.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment))
+    return environment
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """LiteRT names on stderr the accelerators that it looks for; no option stops it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -66,16 +66,13 @@ class LitertSession:
         del self._model
 
 
-def _open(path: Path, manifest: ExportManifest, options: RunOptions) -> tuple[Any, int]:
-    """The interpreter and its thread count."""
+def _interpreter(file: Path, threads: int, *, optimize: bool) -> Any:
+    """The open file; without XNNPACK if not `optimize`."""
     litert = require("ai_edge_litert.interpreter", extra="litert")
-    file = path / manifest.model_file
-    _check_size(file, manifest)
-    threads = options.threads or manifest.threads or usable_cores()
     kinds = litert.OpResolverType
-    resolver = kinds.AUTO if options.optimize else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    resolver = kinds.AUTO if optimize else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     try:
-        model = litert.Interpreter(
+        return litert.Interpreter(
             model_path=str(file), num_threads=threads, experimental_op_resolver_type=resolver
         )
     except (ValueError, RuntimeError) as error:
@@ -83,7 +80,6 @@ def _open(path: Path, manifest: ExportManifest, options: RunOptions) -> tuple[An
             f"LiteRT cannot open {file}: {error}",
             "copy the folder again, or export the checkpoint again",
         ) from error
-    return model, threads
 
 
 def _check_size(file: Path, manifest: ExportManifest) -> None:
@@ -111,9 +107,12 @@ def open_export(path: Path, options: RunOptions) -> Session:
         UsageError: a context that is longer than a decoder's file allows.
     """
     manifest = read_export(path)
-    model, threads = _open(path, manifest, options)
+    file = path / manifest.model_file
+    _check_size(file, manifest)
+    threads = options.threads or manifest.threads or usable_cores()
     if manifest.kind == "decoder":
-        return LitertDecoderSession.open(model, path, manifest, threads, options.context)
+        return LitertDecoderSession.open(file, manifest, threads, options)
+    model = _interpreter(file, threads, optimize=options.optimize)
     info = SessionInfo(
         runtime="litert",
         output=manifest.output,

@@ -1,8 +1,8 @@
 """The ranges that the products of static layers have, before the bias.
 
 A checkpoint knows those of the inputs alone, but LiteRT's product of integers also rounds its
-result to a fixed grid. Its range is taken from embedded phone-assistant commands in English and Chinese,
-and random tokens, and widened on both sides.
+result to a fixed grid. Its range is taken from embedded phone-assistant commands in English and
+Chinese, and random tokens, and widened on both sides.
 """
 
 from __future__ import annotations
