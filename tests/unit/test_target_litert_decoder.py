@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +257,18 @@ def test_a_manifest_without_its_logits(root: Path, tmp_path: Path) -> None:
     manifest = read_export(root / "last" / "litert").model_copy(update={"logits": None})
     write_json(tmp_path / EXPORT, manifest)
     with pytest.raises(CheckpointError, match="does not say which logits"):
+        open_decoder(tmp_path)
+
+
+def test_a_broken_file_and_a_quiet_one(root: Path, tmp_path: Path) -> None:
+    """LiteRT itself would name the accelerators that it looks for."""
+    out = root / "last" / "litert"
+    code = f"from pocketglm.runtimes import *; open_decoder(Path('{out}')).prefill([7, 8])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    (tmp_path / EXPORT).write_bytes((out / EXPORT).read_bytes())
+    (tmp_path / "model.tflite").write_bytes(b"\0" * (out / "model.tflite").stat().st_size)
+    with pytest.raises(CheckpointError, match="LiteRT cannot open"):
         open_decoder(tmp_path)
 
 

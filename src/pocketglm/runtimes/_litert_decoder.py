@@ -9,13 +9,11 @@ for 10 layers and 1151 slots).
 
 from __future__ import annotations
 
-import ctypes
+import atexit
 import functools
 import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import numpy as np
 from pocketglm.artifacts.export import ExportManifest
 from pocketglm.contracts import Floats, Ids, RunOptions, SessionInfo
 from pocketglm.errors import CheckpointError, require
+from pocketglm.runtimes._quiet import silence
 from pocketglm.runtimes._text import check_rewind, check_tokens, context_of
 
 _DECODE = "decode"
@@ -73,7 +72,8 @@ class LitertDecoderSession:
             eos_ids=tuple(manifest.eos_ids),
             scores=manifest.logits,
         )
-        return cls(_compiled(file, threads, optimize=options.optimize), info)
+        with silence():
+            return cls(_compiled(file, threads, optimize=options.optimize), info)
 
     @property
     def length(self) -> int:
@@ -195,12 +195,11 @@ def _compiled(file: Path, threads: int, *, optimize: bool) -> Any:
         num_threads=threads, kernel_mode=None if optimize else compiled.CpuKernelMode.BUILTIN
     )
     try:
-        with _silence():
-            return compiled.CompiledModel.from_file(
-                str(file),
-                environment=_environment(compiled),
-                options=compiled.Options(cpu_options=cpu),
-            )
+        return compiled.CompiledModel.from_file(
+            str(file),
+            environment=_environment(compiled),
+            options=compiled.Options(cpu_options=cpu),
+        )
     except RuntimeError as error:
         raise CheckpointError(
             f"LiteRT cannot open {file}: {error}",
@@ -215,21 +214,11 @@ def _environment(compiled: Any) -> Any:
     options = compiled.EnvironmentOptions(
         runtime_path=nowhere, compiler_plugin_path=nowhere, dispatch_library_path=nowhere
     )
-    environment = compiled.Environment.create(options=options)
-    # When it is let go, at the process's end at last, it says so on stderr: so it never is.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment))
-    return environment
+    atexit.register(_mute)
+    return compiled.Environment.create(options=options)
 
 
-@contextmanager
-def _silence() -> Iterator[None]:
-    """LiteRT names on stderr the accelerators that it looks for; no option stops it."""
+def _mute() -> None:
+    """When the process ends, LiteRT names what it lets go; Python has nothing left to say then."""
     sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as sink:
-        os.dup2(sink.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -12,6 +12,7 @@ from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, Session, Sessi
 from pocketglm.errors import CheckpointError, UsageError, require
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.runtimes._litert_decoder import LitertDecoderSession
+from pocketglm.runtimes._quiet import silence
 
 
 class LitertSession:
@@ -72,9 +73,12 @@ def _interpreter(file: Path, threads: int, *, optimize: bool) -> Any:
     kinds = litert.OpResolverType
     resolver = kinds.AUTO if optimize else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     try:
-        return litert.Interpreter(
-            model_path=str(file), num_threads=threads, experimental_op_resolver_type=resolver
-        )
+        with silence():
+            model = litert.Interpreter(
+                model_path=str(file), num_threads=threads, experimental_op_resolver_type=resolver
+            )
+            model.allocate_tensors()
+        return model
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"LiteRT cannot open {file}: {error}",

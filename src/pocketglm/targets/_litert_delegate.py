@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pocketglm.artifacts.manifest import write_json
 from pocketglm.errors import require
+from pocketglm.runtimes._quiet import silence
 
 DELEGATE = "delegate.json"
 Preference = Literal["low_power", "fast_single_answer", "sustained_speed"]
@@ -138,8 +139,9 @@ def xnnpack_share(model: Path) -> dict[str, Any]:
     many pieces, and what is left.
     """
     litert = require("ai_edge_litert.interpreter", extra="litert")
-    interpreter = litert.Interpreter(model_path=str(model), num_threads=1)
-    interpreter.allocate_tensors()
+    with silence():
+        interpreter = litert.Interpreter(model_path=str(model), num_threads=1)
+        interpreter.allocate_tensors()
     operators = interpreter._get_ops_details()  # there is no public way
     made = {int(i): o for o in operators for i in o["outputs"]}  # the delegate's nodes come last
     wanted = [int(entry["index"]) for entry in interpreter.get_output_details()]
