@@ -20,6 +20,7 @@ with a zero point, in XNNPACK and in the plain kernels (`asymmetricQuantizeInput
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -139,7 +140,7 @@ def _static(g: Subgraph, weights: Weights, x: int, layer: str, *, bias: bool, ou
     shape, added = (*g.shapes[x][:-1], g.shapes[weight][0]), -1
     if bias:
         added = vector(g, weights, f"{layer}.bias")
-    form = {"version": INTEGER_VERSION, "keepNumDims": len(shape) > 2}
+    form: dict[str, Any] = {"version": INTEGER_VERSION, "keepNumDims": len(shape) > 2}
     rounded = g.op("QUANTIZE", [x], g.shapes[x], dtype="INT8")
     g.set_grid(rounded, Grid(np.array([inputs.scale]), zero=inputs.zero_point))
     if not layer.endswith(INT8_RESULTS):

@@ -42,7 +42,8 @@ class FlatFile:
 
     def kind(self, operator: Any) -> str:
         """The operator's name in the schema."""
-        return self._kinds[operator.opcodeIndex]
+        name: str = self._kinds[operator.opcodeIndex]
+        return name
 
     def outputs(self, signature: str) -> dict[str, str]:
         """The outputs' names, and those of their tensors."""
@@ -68,8 +69,9 @@ class FlatFile:
             data = np.asarray(buffer.data, np.uint8)
         shape, kind = [int(size) for size in tensor.shape], self._types[tensor.type]
         if kind != "INT4":
-            return data.view(kind.lower()).reshape(shape)
-        both = np.stack([data << 4, data], axis=-1).view(np.int8) >> 4
+            values: Array = data.view(kind.lower()).reshape(shape)
+            return values
+        both: Array = np.stack([data << 4, data], axis=-1).view(np.int8) >> 4
         return both.reshape(shape)
 
     def floats(self, graph: Any, tensor: Any, rows: slice = ALL) -> Array:
