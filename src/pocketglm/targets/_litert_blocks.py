@@ -56,7 +56,10 @@ def decoder_blocks(file: Path, ids: Ids, mask: Ids) -> Iterator[tuple[str, Float
 
 
 class _Runs:
-    """Rows of tokens through the parts of a prompt's graph, a call's tokens at a time."""
+    """Rows of tokens through the parts of a prompt's graph, a call's tokens at a time.
+
+    Where that graph ends with the last layer's cache, this layer's states are those of `decode`.
+    """
 
     def __init__(self, flat: FlatFile, ids: Ids) -> None:
         self.flat, self.ids = flat, ids
@@ -64,29 +67,35 @@ class _Runs:
         length = ids.shape[1]
         self.size = min((n for n in sizes if n >= length), default=max(sizes))
         self.name = sizes[self.size]
-        self.layers = sum(n.startswith("block.") for n in flat.names(self.name))
+        self.layers = sum(n.startswith("block.") for n in flat.names(DECODE))
 
     def embeddings(self) -> Floats:
         """[B, S, H]."""
         key = f"{self.name}_tokens"
         part = self.flat.part(self.name, ["embeddings"], {key: (1, self.size)})
-        padded = np.pad(self.ids, ((0, 0), (0, -self.ids.shape[1] % self.size)))
-        return self._rows(lambda row, start: part(row[None].astype(np.int32))[0], padded)
+
+        def call(row: Any, start: int) -> Floats:
+            return part(row[None].astype(np.int32))[0]
+
+        return self._rows(self.size, call, self.ids)
 
     def block(self, index: int, x: Floats) -> Floats:
         """Layer `index`: x [B, S, H] -> [B, S, H]."""
         before = f"block.{index - 1}" if index else "embeddings"
         caches = [f"kv_cache_{kind}_{index}" for kind in "kv"]
-        ends = [self.flat.outputs(self.name)[cache] for cache in caches]
-        tensors, names = self.flat.graphs[self.name].tensors, self.flat.names(self.name)
-        shape = tuple(int(n) for n in tensors[names[f"{self.name}_{caches[0]}"]].shape)
+        name, size = self.name, self.size
+        if f"block.{index}" not in self.flat.names(name):
+            name, size = DECODE, 1
+        ends = [self.flat.outputs(name)[cache] for cache in caches]
+        tensors, names = self.flat.graphs[name].tensors, self.flat.names(name)
+        shape = tuple(int(n) for n in tensors[names[f"{name}_{caches[0]}"]].shape)
         part = self.flat.part(
-            self.name,
+            name,
             [f"block.{index}", *ends],
             {
-                before: (1, self.size, x.shape[-1]),
-                f"{self.name}_input_pos": (self.size,),
-                **{f"{self.name}_{cache}": shape for cache in caches},
+                before: (1, size, x.shape[-1]),
+                f"{name}_input_pos": (size,),
+                **{f"{name}_{cache}": shape for cache in caches},
             },
         )
         kept: list[Any] = []
@@ -94,22 +103,19 @@ class _Runs:
         def call(rows: Floats, start: int) -> Floats:
             if not start:
                 kept[:] = [np.zeros(shape, np.float32) for _ in caches]
-            positions = np.arange(start, start + self.size, dtype=np.int32)
+            positions = np.arange(start, start + size, dtype=np.int32)
             found, *kept[:] = part(rows[None], positions, *kept)
             return found
 
-        return self._rows(call, np.pad(x, ((0, 0), (0, -x.shape[1] % self.size), (0, 0))))
+        return self._rows(size, call, x)
 
-    def _rows(self, call: Callable[[Any, int], Floats], values: Any) -> Floats:
-        """`call` of a row's next values and their first position, for all rows."""
-        starts = range(0, values.shape[1], self.size)
+    def _rows(self, size: int, call: Callable[[Any, int], Floats], values: Any) -> Floats:
+        """`call` of a row's next `size` values and their first position, for all rows."""
+        missing = -values.shape[1] % size
+        values = np.pad(values, ((0, 0), (0, missing), *[(0, 0)] * (values.ndim - 2)))
+        starts = range(0, values.shape[1], size)
         rows = [
-            np.concatenate(
-                [
-                    call(row[start : start + self.size], start).reshape(self.size, -1)
-                    for start in starts
-                ]
-            )
+            np.concatenate([call(row[i : i + size], i).reshape(size, -1) for i in starts])
             for row in values
         ]
         return np.stack(rows)[:, : self.ids.shape[1]]

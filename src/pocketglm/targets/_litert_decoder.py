@@ -93,9 +93,11 @@ class _DecoderGraph:
         flat = reshape(g, ids, n, dtype="INT32")
         words = embedding(g, self.weights, "tokens", flat)
         x = reshape(g, words, 1, n, spec.hidden_size, out="embeddings")
-        for index in range(spec.num_layers):
+        for index in range(spec.num_layers if logits else spec.num_layers - 1):
             x = self._block(x, index)
-        if logits:
+        if not logits:
+            self._fill(x, spec.num_layers - 1)
+        else:
             x = self._norm(x, "norm")
             tied = spec.tied
             g.outputs["logits"] = linear(
@@ -177,26 +179,43 @@ class _DecoderGraph:
         y = self._norm(y, at + "ffn_post_norm") if four else y
         return binary(g, "ADD", x, y, out=out)
 
+    def _fill(self, x: int, index: int) -> None:
+        """The keys and values of the last layer alone: nobody reads a prompt's last states."""
+        at = f"blocks.{self.spec.blocks()[index]}."
+        x = self._norm(x, at + "attention_norm")
+        if self.spec.unified:
+            _, key, value, *_ = self._parts(x, at, index)
+            self._keys_and_values(key, value, f"{at}unified.", index)
+            return
+        key, value = self._projected(x, at, "key", "value")
+        self._keys_and_values(key, value, f"{at}attention.", index)
+
+    def _projected(self, x: int, at: str, *names: str) -> list[int]:
+        bias = self.spec.attention_bias
+        return [self._linear(x, f"{at}attention.{name}", bias=bias) for name in names]
+
     def _attention(self, x: int, at: str, index: int) -> int:
         spec = self.spec
-        projected = [
-            self._linear(x, f"{at}attention.{name}", bias=spec.attention_bias)
-            for name in ("query", "key", "value")
-        ]
+        projected = self._projected(x, at, "query", "key", "value")
         seen = self._look(projected, f"{at}attention.", index)
         return self._linear(seen, f"{at}attention.output", bias=spec.output_bias)
 
     def _unified(self, x: int, at: str, index: int) -> int:
         g, spec = self.g, self.spec
-        packed = self._linear(x, f"{at}unified.input", bias=spec.ffn_bias or spec.attention_bias)
-        pieces, start = [], 0
-        for width in unified_widths(spec.block(index)):
-            pieces.append(part(g, packed, 2, start, width))
-            start += width
-        *projected, gate, up = pieces
+        *projected, gate, up = self._parts(x, at, index)
         seen = self._look(projected, f"{at}unified.", index)
         both = concat(g, [seen, self._times(activation(g, spec.activation, gate), up)], 2)
         return self._linear(both, f"{at}unified.output", bias=spec.output_bias or spec.ffn_bias)
+
+    def _parts(self, x: int, at: str, index: int) -> list[int]:
+        """A unified block's query, key, value, gate and up."""
+        spec = self.spec
+        packed = self._linear(x, f"{at}unified.input", bias=spec.ffn_bias or spec.attention_bias)
+        pieces, start = [], 0
+        for width in unified_widths(spec.block(index)):
+            pieces.append(part(self.g, packed, 2, start, width))
+            start += width
+        return pieces
 
     def _ffn(self, x: int, at: str, index: int) -> int:
         g, spec, bias = self.g, self.spec, self.spec.ffn_bias
@@ -212,17 +231,9 @@ class _DecoderGraph:
         """Queries, keys and values [1, N, heads * head_dim] -> [1, N, heads * head_dim]."""
         g, spec, n, size = self.g, self.spec, self.tokens, self.spec.head_dim
         heads, kv_heads = spec.num_heads, spec.num_kv_heads
-        query, key, value = (
-            reshape(g, x, 1, n, count, size)
-            for x, count in zip(projected, (heads, kv_heads, kv_heads), strict=True)
-        )
-        if spec.qk_norm:
-            query, key = (
-                self._norm(x, f"{at}{name}_norm") for x, name in ((query, "query"), (key, "key"))
-            )
-        query, key = self._turn(query), self._turn(key)
-        query, key, value = (transpose(g, x, 0, 2, 1, 3) for x in (query, key, value))
-        keys, values = self._keep(key, "k", index), self._keep(value, "v", index)
+        query = self._split(projected[0], f"{at}query_norm")
+        query = transpose(g, self._turn(query), 0, 2, 1, 3)
+        keys, values = self._keys_and_values(projected[1], projected[2], at, index)
         # The heads that share a key are neighbours: one product for all of them.
         query = reshape(g, query, 1, kv_heads, heads // kv_heads * n, size)
         query = self._times(query, g.scalar(size**-0.5))
@@ -233,6 +244,19 @@ class _DecoderGraph:
         shares = reshape(g, shares, 1, kv_heads, heads // kv_heads * n, self.plan.slots)
         mixed = reshape(g, product(g, shares, values), 1, heads, n, size)
         return reshape(g, transpose(g, mixed, 0, 2, 1, 3), 1, n, heads * size)
+
+    def _keys_and_values(self, key: int, value: int, at: str, index: int) -> tuple[int, int]:
+        """The layer's caches with new ones [1, N, kv heads * head_dim]."""
+        g = self.g
+        key = self._turn(self._split(key, f"{at}key_norm"))
+        key, value = (transpose(g, x, 0, 2, 1, 3) for x in (key, self._split(value)))
+        return self._keep(key, "k", index), self._keep(value, "v", index)
+
+    def _split(self, x: int, norm: str = "") -> int:
+        """[1, N, heads * head_dim] -> [1, N, heads, head_dim]; each head normalized, if need be."""
+        size = self.spec.head_dim
+        x = reshape(self.g, x, 1, self.tokens, self.g.shapes[x][-1] // size, size)
+        return self._norm(x, norm) if norm and self.spec.qk_norm else x
 
     def _keep(self, new: int, kind: str, index: int) -> int:
         """The cache with new keys or values [1, kv heads, N, head_dim] in their slots."""
