@@ -1,7 +1,8 @@
 """delegate.json: which delegate an app should ask for, by what it prefers, and why.
 
     XNNPACK   the CPU; measured here, when the file is written
-    GPU       takes FULLY_CONNECTED to version 9; weights with scales per channel or block are 12
+    GPU       takes FULLY_CONNECTED to version 9; weights with scales per channel or block are 12.
+              LiteRT's own accelerator runs published models of such weights: not tried here
     NNAPI     takes it to version 5; deprecated since Android 15
 
 Sources: the delegates' own checks (model_builder.cc, nnapi_delegate.cc), Android's migration guide
@@ -84,7 +85,8 @@ def _gpu_reasons(quantized: bool, decoder: bool) -> list[str]:
     if quantized:
         reasons.append(
             "weights in integers with scales per channel or block: FULLY_CONNECTED is version 12, "
-            "the delegate takes it to version 9; these products stay on the CPU"
+            "the GPU delegate of TensorFlow Lite takes it to version 9, these products then stay "
+            "on the CPU; LiteRT's own GPU accelerator (CompiledModel) is said to take them"
         )
     if decoder:
         reasons.append(
