@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 import safetensors.torch
+from litert_file import flip, read_weights
 from onnx import numpy_helper
 from oracles.gguf_model import quantized_rows
 from tiny_encoder import quantize_weights, save_tiny
@@ -46,6 +47,10 @@ def _forms() -> dict[str, dict[str, TensorScheme]]:
         "int8 by block": {"dense.weight": TensorScheme(bits=8, activation="dynamic_block")},
         "int8 asymmetric, exact": {"dense.weight": TensorScheme(bits=8, symmetric=False)},
         "int4": {WORDS: TensorScheme(**int4), "dense.weight": TensorScheme(**int4), **_qkv(int4)},
+        "int4 by block": {
+            WORDS: TensorScheme(**int4),
+            "dense.weight": TensorScheme(**int4, activation="dynamic_block"),
+        },
         "int4 asymmetric": {
             WORDS: TensorScheme(bits=4, group_size=64, symmetric=False),
             "dense.weight": TensorScheme(bits=4, group_size=64, symmetric=False),
@@ -185,15 +190,30 @@ def read_gguf(file: Path) -> dict[str, Triple]:
     return found
 
 
-READERS: dict[str, Callable[[Path], dict[str, Triple]]] = {"gguf": read_gguf, "onnx": read_onnx}
-# What a target's format has no place for: part of the reason that it gives.
+def read_litert(file: Path) -> dict[str, Triple]:
+    """The quantized weights of a .tflite file; all are symmetric."""
+    return {name: (w.q, w.scales, None) for name, w in read_weights(file).items()}
+
+
+READERS: dict[str, Callable[[Path], dict[str, Triple]]] = {
+    "gguf": read_gguf,
+    "litert": read_litert,
+    "onnx": read_onnx,
+}
+# What a target's format has no place for, or its runtime would compute wrongly: part of the reason
+# that it gives.
 REFUSED = {
     ("gguf", "int8 asymmetric"): "zero points",
     ("gguf", "int8 asymmetric, exact"): "zero points",
     ("gguf", "int4 asymmetric"): "zero points",
+    ("litert", "int8 asymmetric"): "zero points",
+    ("litert", "int8 asymmetric, exact"): "zero points",
+    ("litert", "int4 asymmetric"): "zero points",
+    ("litert", "int4"): "INT4 by group with float activations",
 }
 # The model that is exported: llama.cpp classifies by the first token only.
 MODELS: dict[str, dict[str, Any]] = {"gguf": {"pooling": "cls", "pooler": True}}
+PACKAGES = {"litert": "ai_edge_litert"}
 
 
 def differences(wanted: dict[str, Triple], found: dict[str, Triple]) -> list[str]:
@@ -226,10 +246,13 @@ def test_every_target_has_an_independent_reader() -> None:
 @pytest.mark.parametrize("target", READERS)
 @pytest.mark.parametrize("form", _forms())
 def test_the_file_holds_the_checkpoints_integers(target: str, form: str, tmp_path: Path) -> None:
+    if target in PACKAGES:
+        pytest.importorskip(PACKAGES[target], reason=f"needs the extra '{target}'")
     model = save_tiny(tmp_path / "ckpt", **MODELS.get(target, {}))
     folder = quantize_weights(model, _forms()[form])
     result = export(folder, [target], tmp_path / "out").targets[0]
     if reason := REFUSED.get((target, form)):
+        assert (result.ok, result.exit_code) == (False, 2)
         assert reason in (result.error or "")
         return
     assert result.ok, result.error
@@ -239,6 +262,16 @@ def test_the_file_holds_the_checkpoints_integers(target: str, form: str, tmp_pat
     wanted = stored_in_checkpoint(folder)
     assert len(wanted) >= 6
     assert differences(wanted, READERS[target](file)) == []
+
+
+@pytest.mark.parametrize("form", ["int8", "int4 by block"])
+def test_one_changed_integer_is_found_in_litert(form: str, tmp_path: Path) -> None:
+    pytest.importorskip("ai_edge_litert", reason="needs the extra 'litert'")
+    folder = quantize_weights(save_tiny(tmp_path / "ckpt"), _forms()[form])
+    assert export(folder, ["litert"], tmp_path / "out").targets[0].ok
+    file, name = tmp_path / "out/litert/model.tflite", "encoder.layer.1.output.dense.weight"
+    flip(file, name, 1234)
+    assert differences(stored_in_checkpoint(folder), read_litert(file)) == [name]
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])

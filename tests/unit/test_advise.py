@@ -25,6 +25,7 @@ from pocketglm.stages._advice_limits import size_words
 from pocketglm.stages._advice_models import count_words
 from pocketglm.stages.advise import Wanted, advise
 
+NOT_RUN = {("litert", "gpu"), ("litert", "npu")}  # units that LiteRT exports were never run on
 PHONE = "snapdragon-8-gen-3"
 GOOD = ("yes", "probably")
 
@@ -133,13 +134,16 @@ def test_only_what_can_be_made_has_commands_and_a_new_target_needs_no_edit(
     result = advise(PHONE)
     targets = registry.names("targets")
     for row in result.rows:
-        assert row.available == (row.runtime in targets)
+        known = row.runtime in targets
+        assert row.available == (known and (row.runtime, row.unit) not in NOT_RUN)
         assert bool(row.commands) == row.available
-        if not row.available:
+        if known and not row.available:
+            assert f"target {row.runtime} were not run on a {row.unit}" in row.notes[0]
+        elif not known:
             assert row.notes[0] == f"predicted only: target {row.runtime} is not in this version"
     own = registry.names
-    monkeypatch.setattr(registry, "names", lambda kind: [*own(kind), "gguf", "litert"])
-    assert rows_of(advise(PHONE), runtime="gguf", available=True)
+    monkeypatch.setattr(registry, "names", lambda kind: [*own(kind), "executorch"])
+    assert rows_of(advise(PHONE), runtime="executorch", available=True)
 
 
 def test_commands_are_whole() -> None:

@@ -65,6 +65,8 @@ OPTIONAL = (
     "torchao",
     "litert_torch",
     "ai_edge_litert",
+    "litert_lm",
+    "litert_lm_builder",
     "gguf",
     "llama_cpp",
     "optuna",

@@ -53,6 +53,8 @@ __all__ = ["Wanted", "advise"]
 SMALL_LOSS = 1.0  # points, or percent of a perplexity: what a gate usually allows
 _DEFAULT_TASK = "lm"
 Fits = Literal["yes", "probably", "no", "unknown"]
+# What exports of this version were never run on; what LiteRT's says of these is in delegate.json.
+_NOT_RUN = {("litert", "gpu"), ("litert", "npu")}
 _ORDER = {"yes": 0, "probably": 1, "unknown": 2, "no": 3}
 
 
@@ -98,7 +100,7 @@ def advise(
     models = list(made_of(subject_of(ckpt, task), task)) if ckpt else family(task)
     routes = _routes(profile, request, wanted.runtime)
     if not predicted:
-        routes = [route for route in routes if route[0] in registry.names("targets")]
+        routes = [(name, facts, unit) for name, facts, unit in routes if _offered(name, unit)]
     found = _judge(models, request, profile, routes)
     if wanted.max_memory_mb is not None:
         every = _judge(family(task), request, profile, routes) if ckpt else found
@@ -157,15 +159,19 @@ def _routes(
     return [route for route in found if only in (None, route[0])]
 
 
+def _offered(runtime: str, unit: Unit) -> bool:
+    """Whether an export for it is written, and was run on such a unit."""
+    return runtime in registry.names("targets") and (runtime, unit) not in _NOT_RUN
+
+
 def _judge(
     models: Sequence[Made],
     request: Request,
     device: DeviceProfile,
     routes: Sequence[tuple[str, RuntimeFacts, Unit]],
 ) -> list[Judged]:
-    targets = registry.names("targets")
     return [
-        _judged(made, request, device, name, facts, unit, name in targets)
+        _judged(made, request, device, name, facts, unit, _offered(name, unit))
         for made in models
         for name, facts, unit in routes
         if name in made.recipe.runtimes
@@ -215,7 +221,7 @@ def _judged(
         available=able,
         plan=made.recipe.plan,
         commands=commands(made, request.task, runtime, request.context) if able else [],
-        notes=_notes(made, runtime, available, prediction),
+        notes=_notes(made, runtime, unit, available, prediction),
     )
     return Judged(row, tuple(found), time.value if time else math.inf, made.subject.parameters)
 
@@ -307,9 +313,13 @@ def _range(interval: Interval | None) -> RangeResult | None:
     return RangeResult(value=value, low=low, high=high)
 
 
-def _notes(made: Made, runtime: str, available: bool, prediction: Prediction) -> list[str]:
+def _notes(
+    made: Made, runtime: str, unit: Unit, available: bool, prediction: Prediction
+) -> list[str]:
     notes = []
-    if not available:
+    if (runtime, unit) in _NOT_RUN:
+        notes.append(f"predicted only: exports of target {runtime} were not run on a {unit}")
+    elif not available:
         notes.append(f"predicted only: target {runtime} is not in this version")
     if made.recipe.rows:
         notes.append(f"needs rows of the task: {made.recipe.summary}")

@@ -49,7 +49,11 @@ REPORT = "report.html"
 TOKENS = 32
 PROMPT, NEW_TOKENS = 128, 64  # of a decoder; less where its context is short
 _PAIRS = 7  # the fewest that give an interval and survive an outlier
-_PACKAGES = {"onnx": ("onnxruntime", "numpy"), "gguf": ("llama-cpp-python", "numpy")}
+_PACKAGES = {
+    "onnx": ("onnxruntime", "numpy"),
+    "gguf": ("llama-cpp-python", "numpy"),
+    "litert": ("ai-edge-litert", "numpy"),
+}
 
 
 def exit_code(result: ProveResult, allow_inconclusive: bool = False) -> int:

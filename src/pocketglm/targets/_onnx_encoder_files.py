@@ -10,7 +10,6 @@ default opset is 17, the first with LayerNormalization. What each weight becomes
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import onnx
 
@@ -18,16 +17,20 @@ from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.manifest import write_json
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import ExportOptions, Lowered, Reporter
-from pocketglm.model.bert import CLASSIFIER, MODEL, config_of
-from pocketglm.model.hf import is_embedding, labels_of, max_length_of, spec_of
-from pocketglm.model.spec import EncoderSpec
+from pocketglm.model.hf import is_embedding, max_length_of, spec_of
 from pocketglm.targets._onnx_encoder import (
     DEFAULT_OPSET,
     INPUTS,
     STANDARD_OPSET,
     EncoderGraph,
 )
-from pocketglm.targets._onnx_folder import oldest_runtime, part_bytes, port, write_tokenizer
+from pocketglm.targets._onnx_folder import (
+    encoder_config,
+    oldest_runtime,
+    part_bytes,
+    port,
+    write_tokenizer,
+)
 from pocketglm.targets._onnx_linear import Weights, is_standard, refusal
 
 # Bits of the linear layers -> the file name and `dtype` by which Transformers.js finds the file.
@@ -74,7 +77,8 @@ def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporte
     (out / "onnx").mkdir(exist_ok=True)
     file = out / "onnx" / name
     onnx.save(model, str(file))
-    write_json(out / "config.json", _config(ckpt, spec, max_length, dtype))
+    config = encoder_config(ckpt, spec, max_length)
+    write_json(out / "config.json", config | {"transformers.js_config": {"dtype": dtype}})
     write_tokenizer(ckpt, out, max_length)
     operators = graph.g.operators
     return Lowered(
@@ -100,19 +104,3 @@ def _activation(ckpt: Checkpoint) -> str:
     block = {"dynamic_token": "dynamic_block"}
     found = {block.get(s.activation, s.activation) for s in _linear_schemes(ckpt)} or {"none"}
     return found.pop() if len(found) == 1 else "mixed"
-
-
-def _config(ckpt: Checkpoint, spec: EncoderSpec, max_length: int, dtype: str) -> dict[str, Any]:
-    """The nearest upstream config: structure and pooling are in the graph."""
-    labels = labels_of(ckpt)
-    config = {
-        "architectures": [CLASSIFIER if labels else MODEL],
-        "model_type": "bert",
-        **config_of(spec),
-        "max_position_embeddings": max_length,
-        "transformers.js_config": {"dtype": dtype},
-    }
-    if labels:
-        config["id2label"] = {str(index): label for index, label in enumerate(labels)}
-        config["label2id"] = {label: index for index, label in enumerate(labels)}
-    return config

@@ -10,7 +10,9 @@ from typing import Any
 from pocketglm.artifacts.checkpoint import Checkpoint, read_json
 from pocketglm.artifacts.manifest import write_json
 from pocketglm.artifacts.scheme import TensorScheme
-from pocketglm.model.hf import role_of
+from pocketglm.model.bert import CLASSIFIER, MODEL, config_of
+from pocketglm.model.hf import labels_of, role_of
+from pocketglm.model.spec import EncoderSpec
 from pocketglm.targets._onnx_graph import MICROSOFT, GraphBuilder, Shape
 from pocketglm.text.tokenizer import TOKENIZER_FILES, Tokenizer
 
@@ -64,3 +66,18 @@ def write_tokenizer(ckpt: Checkpoint, out: Path, max_length: int) -> None:
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     config.setdefault("pad_token", tokenizer.inner.id_to_token(tokenizer.pad_id))
     write_json(file, config | {"model_max_length": max_length})
+
+
+def encoder_config(ckpt: Checkpoint, spec: EncoderSpec, max_length: int) -> dict[str, Any]:
+    """The nearest upstream config: structure and pooling are in the graph."""
+    labels = labels_of(ckpt)
+    config = {
+        "architectures": [CLASSIFIER if labels else MODEL],
+        "model_type": "bert",
+        **config_of(spec),
+        "max_position_embeddings": max_length,
+    }
+    if labels:
+        config["id2label"] = {str(index): label for index, label in enumerate(labels)}
+        config["label2id"] = {label: index for index, label in enumerate(labels)}
+    return config

@@ -1,0 +1,27 @@
+"""Keeps native libraries from writing to stderr. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Meanwhile nothing reaches the process's stderr.
+
+    For libraries that name there what they look for, such as LiteRT its accelerators, and have no
+    option against it.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

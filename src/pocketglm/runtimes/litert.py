@@ -1,0 +1,132 @@
+"""Opens a LiteRT export (.tflite) on the CPU, with XNNPACK. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketglm.artifacts.export import ExportManifest, read_export
+from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, Session, SessionInfo
+from pocketglm.errors import CheckpointError, UsageError, require
+from pocketglm.runtimes._cores import usable_cores
+from pocketglm.runtimes._litert_decoder import LitertDecoderSession
+from pocketglm.runtimes._quiet import silence
+
+
+class LitertSession:
+    """An open encoder. Rows run one by one, each as long as its text is."""
+
+    def __init__(self, model: Any, info: SessionInfo, vocab_size: int) -> None:
+        self._model, self.info, self._vocab_size = model, info, vocab_size
+        inputs = {entry["name"]: entry["index"] for entry in model.get_input_details()}
+        self._ids, self._mask = (
+            next(index for name, index in inputs.items() if name.endswith(end))
+            for end in ("input_ids", "attention_mask")
+        )
+        self._output = model.get_output_details()[0]["index"]
+        self._length = 0
+
+    def logits(self, ids: Ids, mask: Ids) -> Floats:
+        """ids [B, S], mask [B, S] of 0/1 -> float32 [B, C].
+
+        Raises:
+            UsageError: an id is outside the vocabulary, or a row is longer than the positions.
+        """
+        limit = self.info.max_length
+        if ids.shape[1] > limit:
+            raise UsageError(
+                f"{ids.shape[1]} tokens in a row, the file was exported for at most {limit}",
+                f"cut the text, or export again with --max-length {ids.shape[1]} or more",
+            )
+        if ids.size and not 0 <= ids.min() <= ids.max() < self._vocab_size:
+            worst = int(ids.max() if ids.max() >= self._vocab_size else ids.min())
+            raise UsageError(
+                f"token id {worst} is outside the model's vocabulary ({self._vocab_size} ids)",
+                "the tokenizer belongs to another model: use the export's tokenizer.json",
+            )
+        return np.concatenate([self._row(row, keep) for row, keep in zip(ids, mask, strict=True)])
+
+    def _row(self, ids: Ids, mask: Ids) -> Floats:
+        # Without the padding on its right; a row that is all padding keeps one token of it.
+        length = max(1, int(np.flatnonzero(mask)[-1]) + 1) if mask.any() else 1
+        if length != self._length:
+            for index in (self._ids, self._mask):
+                self._model.resize_tensor_input(index, [1, length])
+            self._model.allocate_tensors()
+            self._length = length
+        self._model.set_tensor(self._ids, ids[None, :length].astype(np.int32))
+        self._model.set_tensor(self._mask, mask[None, :length].astype(np.int32))
+        self._model.invoke()
+        result: Floats = self._model.get_tensor(self._output)
+        return result
+
+    def close(self) -> None:
+        """Free the model; the session cannot be used afterwards."""
+        del self._model
+
+
+def _interpreter(file: Path, threads: int, *, optimize: bool) -> Any:
+    """The open file; without XNNPACK if not `optimize`."""
+    litert = require("ai_edge_litert.interpreter", extra="litert")
+    kinds = litert.OpResolverType
+    resolver = kinds.AUTO if optimize else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    try:
+        with silence():
+            model = litert.Interpreter(
+                model_path=str(file), num_threads=threads, experimental_op_resolver_type=resolver
+            )
+            model.allocate_tensors()
+        return model
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"LiteRT cannot open {file}: {error}",
+            "copy the folder again, or export the checkpoint again",
+        ) from error
+
+
+def _check_size(file: Path, manifest: ExportManifest) -> None:
+    """By size: hashing would take longer than opening.
+
+    Raises:
+        CheckpointError: the file is missing or has another size than it was exported with.
+    """
+    entry = manifest.files.get(manifest.model_file)
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing", "export the checkpoint again")
+    if entry and file.stat().st_size != entry.bytes:
+        raise CheckpointError(
+            f"{file} has {file.stat().st_size} bytes, it was exported with {entry.bytes}",
+            "copy the folder again, or export the checkpoint again",
+        )
+
+
+def open_export(path: Path, options: RunOptions) -> Session:
+    """Open an export folder.
+
+    Raises:
+        MissingExtraError: ai-edge-litert is not installed.
+        CheckpointError: the model file is missing, changed or corrupt.
+        UsageError: a context that is longer than a decoder's file allows.
+    """
+    manifest = read_export(path)
+    file = path / manifest.model_file
+    _check_size(file, manifest)
+    threads = options.threads or manifest.threads or usable_cores()
+    if manifest.kind == "decoder":
+        return LitertDecoderSession.open(file, manifest, threads, options)
+    model = _interpreter(file, threads, optimize=options.optimize)
+    info = SessionInfo(
+        runtime="litert",
+        output=manifest.output,
+        labels=tuple(manifest.labels),
+        max_length=manifest.max_length,
+        pooling=manifest.pooling,
+        activation=manifest.activation,
+        threads=threads,
+    )
+    return LitertSession(model, info, manifest.vocab_size)
+
+
+SPEC = Runtime(summary="LiteRT on the CPU", open=open_export)
