@@ -37,7 +37,7 @@ class Large:
     and one embedding."""
 
     size: str = "autoglm-base"
-    tokens: int = 4096
+    tokens: int = 2048
     group: int = 32
     kill_after: int = 10
     room: float = 2.5
