@@ -105,8 +105,8 @@ def few_rows(tmp_path_factory: pytest.TempPathFactory) -> DataOptions:
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GLM for texts; groups of 128 divide its widths."""
-    wide = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4}
-    path = save_chat_decoder(tmp_path_factory.mktemp("plans") / "decoder", **wide)
+    folder = tmp_path_factory.mktemp("plans") / "decoder"
+    path = save_chat_decoder(folder, hidden_size=128, intermediate_size=128, num_attention_heads=4)
     edit(path / "config.json", eos_token_id=5)
     edit(path / MANIFEST, task="lm")
     return path
