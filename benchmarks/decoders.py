@@ -597,8 +597,8 @@ row in every row but fp32 and `mixed`, which has the bytes of {plain} and puts t
 tokens of training rows.
 
 What RTN lost is its KL to the float model: what was quantized says something else, and by how much
-is measured well. In nats of the labels the loss is within its interval, as noise that flattens the
-answers of a model that is too sure of itself helps it on new texts as often as it hurts.
+is measured well. In nats of the labels the loss is within its interval at both group sizes: there
+is none to win back, and no row is judged by it.
 
 `{again}`: {further} more, at the labels; `QAT` learns the same steps at the labels, in INT4, and
 its nats and KL are against `{again}`: two trainings of the same steps end apart, by more than

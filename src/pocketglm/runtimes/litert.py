@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from pocketglm.artifacts.export import ExportManifest, read_export
+from pocketglm.artifacts.export import read_export
 from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, Session, SessionInfo
 from pocketglm.errors import CheckpointError, UsageError, require
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.runtimes._litert_decoder import LitertDecoderSession
 from pocketglm.runtimes._quiet import silence
+from pocketglm.runtimes._sizes import check_sizes
 
 
 class LitertSession:
@@ -86,22 +87,6 @@ def _interpreter(file: Path, threads: int, *, optimize: bool) -> Any:
         ) from error
 
 
-def _check_size(file: Path, manifest: ExportManifest) -> None:
-    """By size: hashing would take longer than opening.
-
-    Raises:
-        CheckpointError: the file is missing or has another size than it was exported with.
-    """
-    entry = manifest.files.get(manifest.model_file)
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing", "export the checkpoint again")
-    if entry and file.stat().st_size != entry.bytes:
-        raise CheckpointError(
-            f"{file} has {file.stat().st_size} bytes, it was exported with {entry.bytes}",
-            "copy the folder again, or export the checkpoint again",
-        )
-
-
 def open_export(path: Path, options: RunOptions) -> Session:
     """Open an export folder.
 
@@ -112,7 +97,7 @@ def open_export(path: Path, options: RunOptions) -> Session:
     """
     manifest = read_export(path)
     file = path / manifest.model_file
-    _check_size(file, manifest)
+    check_sizes(path, manifest)
     threads = options.threads or manifest.threads or usable_cores()
     if manifest.kind == "decoder":
         return LitertDecoderSession.open(file, manifest, threads, options)

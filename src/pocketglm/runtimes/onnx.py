@@ -15,6 +15,7 @@ from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, Session, Sessi
 from pocketglm.errors import CheckpointError, UsageError
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.runtimes._onnx_decoder import OnnxDecoderSession
+from pocketglm.runtimes._sizes import check_sizes
 
 
 class OnnxSession:
@@ -64,7 +65,7 @@ class OnnxSession:
 
 def _open(path: Path, manifest: ExportManifest, options: RunOptions) -> ort.InferenceSession:
     file = path / manifest.model_file
-    _check_sizes(path, manifest)
+    check_sizes(path, manifest)
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = options.threads or manifest.threads or usable_cores()
     settings.inter_op_num_threads = 1
@@ -84,24 +85,6 @@ def _open(path: Path, manifest: ExportManifest, options: RunOptions) -> ort.Infe
             f"ONNX Runtime {ort.__version__} cannot open {file}: {error}",
             f"export it again, or pip install 'onnxruntime>={wanted}'",
         ) from error
-
-
-def _check_sizes(path: Path, manifest: ExportManifest) -> None:
-    """The model file and its external data, by size: hashing them would take longer than opening.
-
-    Raises:
-        CheckpointError: a file is missing or has another size than it was exported with.
-    """
-    names = {name for name in manifest.files if name.startswith(manifest.model_file)}
-    for name in sorted(names | {manifest.model_file}):
-        file, entry = path / name, manifest.files.get(name)
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing", "export the checkpoint again")
-        if entry and file.stat().st_size != entry.bytes:
-            raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes, it was exported with {entry.bytes}",
-                "copy the folder again, or export the checkpoint again",
-            )
 
 
 def open_export(path: Path, options: RunOptions) -> Session:
