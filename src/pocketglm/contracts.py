@@ -205,6 +205,9 @@ Method = TensorMethod | BlockMethod | ModelMethod
 # --- targets and runtimes ----------------------------------------------------------------------
 
 
+ComputeUnits = Literal["all", "cpuAndNeuralEngine", "cpuAndGPU", "cpuOnly"]
+
+
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
     """What `export` was asked for, beyond the target's name.
@@ -212,6 +215,8 @@ class ExportOptions:
     max_length: tokens per text; of a decoder, prompt and answer together (its cache). logits: the
     positions that a decoder's file computes logits of. spinning: threads wait busily.
     max_memory: bytes that the process may have resident; None: no limit.
+    deployment, compute_units: of Core ML: the oldest system that must open it, such as "iOS17", and
+    the processors that it is laid out for; None: the target chooses, and says what.
     """
 
     opset: int | None = None
@@ -220,6 +225,8 @@ class ExportOptions:
     logits: Literal["last", "all"] = "last"
     spinning: bool = False
     max_memory: int | None = None
+    deployment: str | None = None
+    compute_units: ComputeUnits | None = None
 
 
 @dataclass(frozen=True, slots=True)
