@@ -240,7 +240,22 @@ class Lowered:
     minimum: dict[str, str] = field(default_factory=dict)
     parts: dict[str, int] = field(default_factory=dict)  # bytes of the weights by part of the model
     activation: str = "none"  # the form in which the file quantizes the linear layers' inputs
+    floats: Literal["fp32", "fp16"] = "fp32"  # the type of weights that are not quantized
+    cache: Literal["float32", "float16"] = "float32"  # a decoder's, where it is not quantized
     digests: dict[str, str] = field(default_factory=dict)  # sha256 of files, taken while writing
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """By how much a file's values of size 1 may differ from the checkpoint's; larger ones in
+    proportion.
+
+    part: one part of it, and the whole without its runtime's optimizations, both computed in
+    float32. whole: as its runtime computes it, activations not quantized.
+    """
+
+    part: float = 1e-4
+    whole: float = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +276,7 @@ class Target:
     supports: Callable[[Checkpoint, ExportOptions], list[str]]
     lower: Callable[[Checkpoint, Path, ExportOptions, Reporter], Lowered]
     blocks: Callable[[Path, Ids, Ids], Iterable[tuple[str, Floats]]]
+    tolerance: Tolerance = Tolerance()
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,12 +49,13 @@ class CacheLayout(Config):
     layers: int
     kv_heads: int
     head_dim: int
-    dtype: Literal["float32", "int8"] = "float32"
+    dtype: Literal["float32", "float16", "int8"] = "float32"
     scheme: CacheScheme | None = None
 
     @property
     def bytes_per_token(self) -> int:
-        return 2 * (1 if self.dtype == "int8" else 4) * self.layers * self.kv_heads * self.head_dim
+        size = {"float32": 4, "float16": 2, "int8": 1}[self.dtype]
+        return 2 * size * self.layers * self.kv_heads * self.head_dim
 
 
 class ExportManifest(Config):

@@ -12,6 +12,7 @@ Where the runtime is an extra that is not installed, the first comparison alone 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.nn.functional import normalize
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.export import ExportManifest, Parity
-from pocketglm.contracts import Floats, Ids, Reporter, RunOptions, Target
+from pocketglm.contracts import Floats, Ids, Reporter, RunOptions, Target, Tolerance
 from pocketglm.errors import MissingExtraError, ParityError
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import load_encoder, stored_name
@@ -51,7 +52,6 @@ SAMPLES = (
     "The committee agreed, after a long and at times heated debate, to postpone its decision until "
     "the independent report on costs, risks and benefits is published later in the year.",
 )
-FLOAT_TOLERANCE = 1e-4  # of a value of size 1; larger values may differ in proportion
 # By the form of the activations: share of the output's standard deviation by which one value may
 # differ, and the agreement to reach. One int8 scale per tensor costs 1-2 % of the range at each of
 # its layers; a wrong weight or connection costs far more.
@@ -80,6 +80,7 @@ OPTIMIZER_LIMITS = {
     "static": 1.0,
     "mixed": 0.3,
 }
+_EXACT = Tolerance()
 _NEAR_TIE = 0.25  # of the output's standard deviation
 
 
@@ -116,13 +117,15 @@ def check_parity(
             _run(folder, batches, RunOptions(optimize=optimize)) for optimize in (True, False)
         )
     except MissingExtraError as error:
-        return by_parts(blocks, wanted, error, reporter)
-    return judge(manifest, wanted, shipped, plain, blocks, classes=bool(manifest.labels))
+        return by_parts(blocks, wanted, target.tolerance, error, reporter)
+    classes = bool(manifest.labels)
+    return judge(manifest, wanted, shipped, plain, blocks, target.tolerance, classes=classes)
 
 
 def by_parts(
     blocks: dict[str, float],
     wanted: Floats,
+    tolerance: Tolerance = _EXACT,
     missing: MissingExtraError | None = None,
     reporter: Reporter | None = None,
 ) -> Parity:
@@ -138,7 +141,7 @@ def by_parts(
         n=len(wanted),
         output_max_abs=blocks["head"],
         output_std=std,
-        tolerance=FLOAT_TOLERANCE * max(1.0, std),
+        tolerance=tolerance.part * max(1.0, std),
         agreement=None,
         blocks=blocks,
     )
@@ -191,7 +194,7 @@ def _compare_blocks(model: Encoder, target: Target, file: Path, batch: _Batch) -
         if name != "head":
             expected, value = expected[keep], value[keep]
         differences[name] = worst(expected, value)
-        limit = FLOAT_TOLERANCE * max(1.0, float(np.abs(expected).max()))
+        limit = target.tolerance.part * max(1.0, float(np.abs(expected).max()))
         if not differences[name] <= limit:
             raise ParityError(
                 f"'{name}' of the written file differs from the checkpoint by "
@@ -220,6 +223,7 @@ def judge(
     shipped: Floats,
     plain: Floats,
     blocks: dict[str, float],
+    tolerance: Tolerance = _EXACT,
     *,
     classes: bool,
 ) -> Parity:
@@ -235,7 +239,7 @@ def judge(
         kind = "dynamic_block"  # as there, a value near the middle between two integers may move
     share, needed = LIMITS[kind]
     std = float(wanted.std())
-    exact = FLOAT_TOLERANCE * max(1.0, std)
+    exact = tolerance.whole * max(1.0, std)
     optimizer_limit = OPTIMIZER_LIMITS[kind] * std or exact
     agreement = _agreement(wanted, shipped, std, classes=classes)
     parity = Parity(
@@ -263,6 +267,12 @@ def judge(
             parity.optimizer_max_abs,
             optimizer_limit,
             "a graph optimization of this runtime version is wrong here: try another version",
+        ),
+        (
+            "the file computed in float32 differs from the checkpoint",
+            worst(wanted, plain) if share == 0 else 0.0,
+            tolerance.part * max(1.0, std) if tolerance.part < tolerance.whole else math.inf,
+            "this is a defect of the export: please report it with this checkpoint's config",
         ),
     ):
         if not difference <= limit:

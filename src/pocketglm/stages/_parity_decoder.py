@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.export import ExportManifest, Parity
-from pocketglm.contracts import ExportOptions, Floats, Ids, Reporter, RunOptions, Target
+from pocketglm.contracts import ExportOptions, Floats, Ids, Reporter, RunOptions, Target, Tolerance
 from pocketglm.errors import MissingExtraError, ParityError
 from pocketglm.model.hf import decoder_spec_of, stored_name
 from pocketglm.model.inputs import layer_scales
@@ -37,7 +37,7 @@ from pocketglm.runtimes import open_decoder
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.stages._file_cache import FileCache
 from pocketglm.stages._memory import Ceiling, resident
-from pocketglm.stages._parity import FLOAT_TOLERANCE, SAMPLES, by_parts, judge, worst
+from pocketglm.stages._parity import SAMPLES, by_parts, judge, worst
 from pocketglm.text.tokenizer import Tokenizer
 
 WHOLE = 200_000_000  # parameters up to which the whole model is compared
@@ -91,20 +91,23 @@ def _check(
     whole, texts = _is_small(ckpt, manifest, options), _texts(decoder_spec_of(ckpt).top_k)
     ids, mask = _samples(folder, manifest, texts if whole else texts[:_FEW], number)
     found = target.blocks(folder / manifest.model_file, ids, mask)
+    tolerance = target.tolerance
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, min(threads, usable_cores() - 1)))  # the file's side has a core
     try:
-        blocks, wanted = _compare(ckpt, found, ids, mask, options.max_memory, reporter, whole=whole)
+        blocks, wanted = _compare(
+            ckpt, found, ids, mask, options.max_memory, reporter, tolerance.part, whole=whole
+        )
     finally:
         torch.set_num_threads(threads)
     if not whole:
-        return by_parts(blocks, wanted)
+        return by_parts(blocks, wanted, tolerance)
     reporter.say("checking parity of the whole file, graph optimizer on and off")
     try:
         shipped, plain = (_run(folder, ids, mask, optimize) for optimize in (True, False))
     except MissingExtraError as error:
-        return by_parts(blocks, wanted, error, reporter)
-    return judge(manifest, wanted, shipped, plain, blocks, classes=True)
+        return by_parts(blocks, wanted, tolerance, error, reporter)
+    return judge(manifest, wanted, shipped, plain, blocks, tolerance, classes=True)
 
 
 def _texts(top_k: int | None) -> tuple[tuple[str, int], ...]:
@@ -171,10 +174,12 @@ def _compare(
     mask: Ids,
     max_memory: int | None,
     reporter: Reporter,
+    tolerance: float = Tolerance().part,
     *,
     whole: bool,
 ) -> tuple[dict[str, float], Floats]:
-    """Worst absolute difference per part at real tokens; and the checkpoint's logits.
+    """Worst absolute difference per part at real tokens; and the checkpoint's logits. tolerance: of
+    a value of size 1.
 
     Of the last tokens [B, V], from what the file gave; with `whole` of all tokens [n, V], from what
     the checkpoint's own parts gave one after the other.
@@ -193,7 +198,8 @@ def _compare(
         if part in ("rotary", "rows"):
             start, stop = map(int, place.split(":"))
             expected = getattr(reference, part)(start, stop).numpy()
-            differences[part] = max(_difference(name, expected, value), differences.get(part, 0.0))
+            difference = _difference(name, expected, value, tolerance)
+            differences[part] = max(difference, differences.get(part, 0.0))
             continue
         # Both inputs of a part go through it together: its weights are read once.
         if part == "embeddings":
@@ -208,19 +214,19 @@ def _compare(
         x, expected = torch.from_numpy(value), wanted.numpy()
         if part != "head":
             expected, value = expected[keep], value[keep]
-        differences[name] = _difference(name, expected, value)
+        differences[name] = _difference(name, expected, value, tolerance)
         ceiling.check()
         reporter.progress("checking parity", len(differences.keys() - _TABLES), total, name)
     return differences, logits.numpy()
 
 
-def _difference(name: str, expected: Floats, found: Floats) -> float:
+def _difference(name: str, expected: Floats, found: Floats, tolerance: float) -> float:
     """The greatest absolute difference.
 
     Raises:
         ParityError: it is too great, or the shapes differ.
     """
-    limit = FLOAT_TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    limit = tolerance * max(1.0, float(np.abs(expected).max()))
     difference = worst(expected, found) if expected.shape == found.shape else math.inf
     if not difference <= limit:
         raise ParityError(

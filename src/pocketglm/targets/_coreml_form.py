@@ -17,7 +17,7 @@ from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import ComputeUnits, ExportOptions
 from pocketglm.model.hf import is_decoder
-from pocketglm.ops.stored import as_tensor
+from pocketglm.ops.stored import as_tensor, read_grid
 
 DEPLOYMENTS = ("iOS15", "iOS16", "iOS17", "iOS18")
 _MAC = {15: "12", 16: "13", 17: "14", 18: "15"}  # the macOS that has the same Core ML
@@ -116,6 +116,22 @@ def form_reasons(ckpt: Checkpoint, options: ExportOptions) -> list[str]:
             "scales that fp16 does not hold exactly: the file computes in float32, which the Neural "
             "Engine does not have: use cpuAndGPU, or quantize the model again"
         )
+    return reasons
+
+
+def static_reasons(ckpt: Checkpoint) -> list[str]:
+    """Why static activations cannot be written."""
+    names = [n for n, scheme in ckpt.manifest.schemes.items() if scheme.activation == "static"]
+    if names and is_decoder(ckpt):
+        return ["static activations are for encoders: compress with activation: none"]
+    reasons = []
+    for name in names:
+        grid = read_grid(ckpt, name)
+        if grid is not None and not _SMALLEST <= grid.scale <= _LARGEST:
+            reasons.append(
+                f"{name}: the scale of its input is {grid.scale:.3g}, Core ML has fp16 from "
+                f"{_SMALLEST:.3g} to {_LARGEST:.0f}: compress with activation: none"
+            )
     return reasons
 
 

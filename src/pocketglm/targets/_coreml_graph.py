@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketglm.errors import UnsupportedError, require
+from pocketglm.model.hf import stored_name
 from pocketglm.ops.stored import Quantized
 from pocketglm.runtimes._quiet import silence
 from pocketglm.targets._coreml_form import Form
@@ -82,6 +83,7 @@ class Graph:
         self.form, self.weights, self.mil = form, weights, mil()
         self.b: Any = self.mil.lang.Builder
         self.sizes: dict[str, int] = {}  # bytes of the constants by name
+        self.quantized: dict[str, str] = {}  # the checkpoint's name of a weight -> the file's
         self._made: dict[str, Any] = {}
         types = self.mil.lang.types
         symbol = None
@@ -157,17 +159,16 @@ class Graph:
         """A float for an operator's parameter, in the program's type."""
         return self.dtype(value)
 
-    def constant(self, name: str, make: Callable[[], Array]) -> Any:
+    def constant(self, label: str, make: Callable[[], Array]) -> Any:
         """A constant that every function of the program shares; made when it is first used."""
-        name = name.replace(".", "_")
-        if name not in self._made:
-            values = self._fit(name, make())
+        if label not in self._made:
+            values, name = self._fit(label, make()), named(label)
             var = self.b.const(val=values, name=name)
             var.op.weight_id = name
-            self._made[name] = var
+            self._made[label] = var
             bits = 4 if values.dtype == self.mil.int4 else 8 * values.itemsize
-            self.sizes[name] = values.size * bits // 8
-        return self._made[name]
+            self.sizes[label] = values.size * bits // 8
+        return self._made[label]
 
     def _fit(self, name: str, values: Array) -> Array:
         """Floats in the program's type.
@@ -196,39 +197,39 @@ class Graph:
         """A matrix [N, K], as integers if the checkpoint has them; where values are channels first
         [N, K, 1, 1] unless `flat`.
         """
-        key = self.weights.label(name).replace(".", "_")
-        wide = self.form.channels and not flat
+        label, wide = self.weights.label(name), self.form.channels and not flat
         if self.weights.scheme(name) is None:
-            return self.constant(key, lambda: _wide(self.weights.floats(name), wide))
-        if key not in self._made:
-            self._made[key] = self._integers(key, self.weights.integers(name), wide)
-        return self._made[key]
+            return self.constant(label, lambda: _wide(self.weights.floats(name), wide))
+        if label not in self._made:
+            self._made[label] = self._integers(label, self.weights.integers(name), wide)
+            self.quantized[stored_name(self.weights.ckpt, name)] = named(label)
+        return self._made[label]
 
-    def _integers(self, key: str, part: Quantized, wide: bool) -> Any:
+    def _integers(self, label: str, part: Quantized, wide: bool) -> Any:
         """An operator that gives the weight: (integers - zero points) * scales."""
         q, scales = part.q.numpy(), part.scales.numpy()
         zeros = None if part.zero_points is None else part.zero_points.numpy()
         if self.form.ios < 18:
             return self.b.constexpr_affine_dequantize(
-                quantized_data=self.constant(f"{key}_data", lambda: _wide(q, wide)),
-                scale=self.constant(f"{key}_scale", lambda: scales[:, 0]),
+                quantized_data=self.constant(f"{label}_data", lambda: _wide(q, wide)),
+                scale=self.constant(f"{label}_scale", lambda: scales[:, 0]),
                 zero_point=self.constant(
-                    f"{key}_zero_point",
+                    f"{label}_zero_point",
                     lambda: np.zeros(len(q), np.int8) if zeros is None else zeros[:, 0],
                 ),
                 axis=np.int32(0),
-                name=key,
+                name=named(label),
             )
         stored = self.mil.int4 if part.scheme.bits == 4 else np.int8
         offset = {}
         if zeros is not None:
-            made = self.constant(f"{key}_offset", lambda: _wide(zeros.astype(stored), wide))
+            made = self.constant(f"{label}_offset", lambda: _wide(zeros.astype(stored), wide))
             offset = {"offset": made}
         return self.b.constexpr_blockwise_shift_scale(
-            data=self.constant(f"{key}_data", lambda: _wide(q.astype(stored), wide)),
-            scale=self.constant(f"{key}_scale", lambda: _wide(scales, wide)),
+            data=self.constant(f"{label}_data", lambda: _wide(q.astype(stored), wide)),
+            scale=self.constant(f"{label}_scale", lambda: _wide(scales, wide)),
             **offset,
-            name=key,
+            name=named(label),
         )
 
     # --- layers ----------------------------------------------------------------------------------
@@ -241,15 +242,15 @@ class Graph:
         return self._product(x, layer, bias=bias, name=name)
 
     def _product(self, x: Any, layer: str, *, bias: bool, name: str = "") -> Any:
-        weight, named = self.weight(f"{layer}.weight"), {"name": name} if name else {}
+        weight, title = self.weight(f"{layer}.weight"), _titled(name)
         x = self._rounded(x, f"{layer}.weight")
         added = {"bias": self.vector(f"{layer}.bias")} if bias else {}
         if self.form.channels:
-            return self.b.conv(x=x, weight=weight, pad_type="valid", **added, **named)
+            return self.b.conv(x=x, weight=weight, pad_type="valid", **added, **title)
         if not bias:  # the builder would write one of zeros for each layer
             rows = weight.shape[0]
             added = {"bias": self.constant(f"zeros_{rows}", lambda: np.zeros(rows, self.dtype))}
-        return self.b.linear(x=x, weight=weight, **added, **named)
+        return self.b.linear(x=x, weight=weight, **added, **title)
 
     def _rounded(self, x: Any, name: str) -> Any:
         """The input of a static layer on the checkpoint's grid. Core ML has its scale in the type
@@ -269,12 +270,12 @@ class Graph:
         self, rows: Any, layer: str, *, shared: bool = False, name: str = ""
     ) -> Any:
         """Rows of a table: indices int32 [1, S] -> a value. shared: it is the head's weight too."""
-        table, named = self.weight(f"{layer}.weight", flat=not shared), {"name": name} if name else {}
+        table, title = self.weight(f"{layer}.weight", flat=not shared), _titled(name)
         if not self.form.channels:
-            return self.b.gather(x=table, indices=rows, axis=0, **named)
+            return self.b.gather(x=table, indices=rows, axis=0, **title)
         x = self.b.gather(x=table, indices=rows, axis=0)
         x = self.b.squeeze(x=x, axes=[3, 4]) if shared else x
-        return self.b.expand_dims(x=self.b.transpose(x=x, perm=[0, 2, 1]), axes=[2], **named)
+        return self.b.expand_dims(x=self.b.transpose(x=x, perm=[0, 2, 1]), axes=[2], **title)
 
     def layer_norm(self, x: Any, layer: str, epsilon: float, name: str = "") -> Any:
         """Over the features: centred, divided by the deviation, scaled and shifted."""
@@ -285,7 +286,7 @@ class Graph:
             gamma=self.vector(f"{layer}.weight"),
             beta=self.vector(f"{layer}.bias"),
             epsilon=self.number(max(epsilon, least)),
-            **({"name": name} if name else {}),
+            **_titled(name),
         )
 
     def rms_norm(self, x: Any, layer: str, epsilon: float, axis: int | None = None) -> Any:
@@ -332,6 +333,15 @@ class Graph:
         """Features of one token -> float32 [1, C]."""
         x = self.b.reshape(x=x, shape=[1, x.shape[self.features]])
         return self.b.cast(x=x, dtype="fp32", name=name)
+
+
+def named(label: str) -> str:
+    """A constant's name in the file."""
+    return label.replace(".", "_")
+
+
+def _titled(name: str) -> dict[str, str]:
+    return {"name": name} if name else {}
 
 
 def _wide(values: Array, wide: bool) -> Array:

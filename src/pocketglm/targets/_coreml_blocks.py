@@ -1,0 +1,107 @@
+"""What the parts of a written Core ML package give, one after the other: see `contracts.Target`.
+
+The package is computed from its files by the reference evaluator, in float32, without the rounding
+of static activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketglm.contracts import Floats, Ids
+from pocketglm.runtimes._coreml_eval import Evaluator
+from pocketglm.runtimes._coreml_file import Function, Operation, Package, read_package
+from pocketglm.targets._coreml_decoder import DECODE, PREFILL
+
+_POSITIONS, _ROWS = 4096, 512  # of the tables, at a time
+_EMBEDDINGS, _BLOCK = "embeddings", "block_"
+_TABLE = "embed_tokens_weight"
+
+
+def has_decoder(file: Path) -> bool:
+    """Whether a written file is a decoder's."""
+    return DECODE in read_package(file).functions
+
+
+def encoder_blocks(file: Path, ids: Ids, mask: Ids) -> Iterator[tuple[str, Floats]]:
+    """ids, mask [B, S] -> values after `embeddings` and each `block.I` [B, S, H]; `head` [B, C]."""
+    package = without_rounding(read_package(file))
+    function = package.function()
+    evaluator = Evaluator(package, precision="float32")
+    length, count = ids.shape[1], function.inputs["input_ids"].type.shape[1] or ids.shape[1]
+    ends = _ends(function)
+    rows = []
+    for row, keep in zip(ids, mask, strict=True):
+        padded = {
+            name: np.pad(values, (0, count - length))[None].astype(np.int32)
+            for name, values in (("input_ids", row), ("attention_mask", keep))
+        }
+        found = evaluator.run(padded, watch=ends)
+        head = next(found[name] for name in function.outputs)
+        rows.append([*(_states(found[end])[:length] for end in ends), head[0]])
+    for name, *values in zip((*ends, "head"), *rows, strict=True):
+        yield name.replace("_", "."), np.stack(values).astype(np.float32)
+
+
+def decoder_blocks(file: Path, ids: Ids, mask: Ids) -> Iterator[tuple[str, Floats]]:
+    """ids, mask [B, S]: the tables, then the values of the parts."""
+    package = without_rounding(read_package(file))
+    yield from _tables(package)
+    prefill, decode = (Evaluator(package, n, precision="float32") for n in (PREFILL, DECODE))
+    ends = _ends(package.function(PREFILL))
+    count = package.function(PREFILL).inputs["input_ids"].type.shape[1] or 1
+    rows, heads = [], []
+    for row, keep in zip(ids, mask, strict=True):
+        state, parts = prefill.new_state(), []
+        padded = np.pad(row, (0, -len(row) % count)).astype(np.int32)
+        for start in range(0, len(padded), count):
+            found = prefill.run(_call(padded[start : start + count], start), state, watch=ends)
+            parts.append([_states(found[end]) for end in ends])
+        rows.append([np.concatenate(p)[: len(row)] for p in zip(*parts, strict=True)])
+        last = int(keep.sum()) - 1  # its keys and values are written again
+        heads.append(decode.run(_call(row[last : last + 1], last), state)["logits"][0, -1])
+    for name, *values in zip(ends, *rows, strict=True):
+        yield name.replace("_", "."), np.stack(values).astype(np.float32)
+    yield "head", np.stack(heads).astype(np.float32)
+
+
+def _call(tokens: Any, start: int) -> dict[str, Any]:
+    return {
+        "input_ids": np.asarray(tokens, np.int32)[None],
+        "position": np.array([start], np.int32),
+    }
+
+
+def _ends(function: Function) -> tuple[str, ...]:
+    """The values that parts of the model end with, in order."""
+    names = [name for operation in function.operations for name, _ in operation.outputs]
+    return tuple(n for n in names if n == _EMBEDDINGS or n.startswith(_BLOCK))
+
+
+def _states(x: Any) -> Any:
+    """[1, S, H] or [1, H, 1, S] -> [S, H]."""
+    return x[0] if x.ndim == 3 else x[0, :, 0].T
+
+
+def _tables(package: Package) -> Iterator[tuple[str, Floats]]:
+    """Rows of an embedding that is not the head, and the rotary tables."""
+    cos, sin = (package.stored(f"rotary_{k}", DECODE)["val"] for k in ("cos", "sin"))
+    operations = package.function(DECODE).operations
+    axis = next(_axis(o, operations) for o in operations if _reads(o, "rotary_cos"))
+    cos, sin = (np.asarray(t.T if axis else t, np.float32) for t in (cos, sin))
+    for start in range(0, len(cos), _POSITIONS):
+        stop = min(start + _POSITIONS, len(cos))
+        yield f"rotary.{start}:{stop}", np.stack([cos[start:stop], sin[start:stop]])
+    table = next(n for o in operations for n, _ in o.outputs if n.endswith(_TABLE))
+    if sum(_reads(o, table) for o in operations) > 1:
+        return  # the head reads it too
+    rows = Evaluator(package, DECODE, precision="float32").value(table)
+    rows = rows.reshape(len(rows), -1)
+    for start in range(0, len(rows), _ROWS):
+        stop = min(start + _ROWS, len(rows))
+        yield f"rows.{start}:{stop}", rows[start:stop].astype(np.float32)
