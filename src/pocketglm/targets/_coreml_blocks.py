@@ -6,7 +6,8 @@ of static activations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pocketglm.runtimes._coreml_file import Function, Operation, Package, read_p
 from pocketglm.targets._coreml_decoder import DECODE, PREFILL
 
 _POSITIONS, _ROWS = 4096, 512  # of the tables, at a time
-_EMBEDDINGS, _BLOCK = "embeddings", "block_"
+_END = re.compile(r"embeddings|block_\d+")
 _TABLE = "embed_tokens_weight"
 
 
@@ -80,7 +81,7 @@ def _call(tokens: Any, start: int) -> dict[str, Any]:
 def _ends(function: Function) -> tuple[str, ...]:
     """The values that parts of the model end with, in order."""
     names = [name for operation in function.operations for name, _ in operation.outputs]
-    return tuple(n for n in names if n == _EMBEDDINGS or n.startswith(_BLOCK))
+    return tuple(name for name in names if _END.fullmatch(name))
 
 
 def _states(x: Any) -> Any:
@@ -100,8 +101,54 @@ def _tables(package: Package) -> Iterator[tuple[str, Floats]]:
     table = next(n for o in operations for n, _ in o.outputs if n.endswith(_TABLE))
     if sum(_reads(o, table) for o in operations) > 1:
         return  # the head reads it too
-    rows = Evaluator(package, DECODE, precision="float32").value(table)
-    rows = rows.reshape(len(rows), -1)
-    for start in range(0, len(rows), _ROWS):
-        stop = min(start + _ROWS, len(rows))
-        yield f"rows.{start}:{stop}", rows[start:stop].astype(np.float32)
+    yield from _rows(package.stored(table, DECODE))
+
+
+def _rows(stored: dict[str, Any]) -> Iterator[tuple[str, Floats]]:
+    """A table from what is stored of it: values, or integers, scales and offsets [N, G]."""
+    data = stored.get("val", stored.get("data"))
+    assert data is not None, sorted(stored)
+    data = data.reshape(len(data), -1)
+    for start in range(0, len(data), _ROWS):
+        stop = min(start + _ROWS, len(data))
+        rows = data[start:stop].astype(np.float32)
+        for key, sign in (("offset", -1), ("scale", 0)):
+            if key in stored:
+                part = stored[key][start:stop].reshape(stop - start, -1).astype(np.float32)
+                part = np.repeat(part, rows.shape[1] // part.shape[1], axis=1)
+                rows = rows + sign * part if sign else rows * part
+        yield f"rows.{start}:{stop}", rows
+
+
+def _reads(operation: Operation, name: str) -> bool:
+    return any(name in names for names in operation.inputs.values())
+
+
+def _axis(operation: Operation, operations: Sequence[Operation]) -> int:
+    """Of a gather."""
+    (name,) = operation.inputs["axis"]
+    constant = next(o.value for o in operations if o.name == name and o.value)
+    return int(constant.read())
+
+
+def without_rounding(package: Package) -> Package:
+    """The same program without `quantize` and `dequantize`."""
+    functions = {name: _plain(function) for name, function in package.functions.items()}
+    return replace(package, functions=functions)
+
+
+def _plain(function: Function) -> Function:
+    instead: dict[str, str] = {}
+    kept = []
+    for operation in function.operations:
+        if operation.type in ("quantize", "dequantize"):
+            (source,) = operation.inputs["input"]
+            assert isinstance(source, str), operation.name
+            instead[operation.name] = instead.get(source, source)
+            continue
+        inputs = {
+            key: tuple(instead.get(v, v) if isinstance(v, str) else v for v in values)
+            for key, values in operation.inputs.items()
+        }
+        kept.append(replace(operation, inputs=inputs))
+    return replace(function, operations=tuple(kept))
