@@ -17,7 +17,7 @@ from pocketglm.runtimes._coreml_table import Op
 
 _INDEX_OPS = ("gather", "gather_nd", "gather_along_axis", "one_hot")
 # Arguments whose values become the result's, in operations that move values.
-_CONTENTS = ("x", "a", "b", "data", "input", "update", "updates", "value", "values", "state")
+_CONTENTS = ("x", "a", "b", "data", "input", "update", "updates", "values")
 
 
 @dataclass(frozen=True, slots=True)

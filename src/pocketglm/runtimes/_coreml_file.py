@@ -397,14 +397,18 @@ def _operation(message: Any, weights: Mapping[str, Array]) -> Operation:
     def constant(value: Any) -> Constant:
         return Constant(_type(value.type), value, weights)
 
+    inputs: dict[str, tuple[str | Constant, ...]] = {
+        key: tuple(
+            b.name if not b.HasField("value") else constant(b.value) for b in entry.arguments
+        )
+        for key, entry in sorted(message.inputs.items())
+    }
+    for key, value in sorted(message.attributes.items()):  # constexpr operations before iOS 18
+        if key not in ("name", "val"):
+            inputs[key] = (constant(value),)
     return Operation(
         type=message.type,
-        inputs={
-            key: tuple(
-                b.name if not b.HasField("value") else constant(b.value) for b in entry.arguments
-            )
-            for key, entry in sorted(message.inputs.items())
-        },
+        inputs=inputs,
         outputs=tuple((entry.name, _type(entry.type)) for entry in message.outputs),
         value=constant(message.attributes["val"]) if message.type == "const" else None,
         blocks=len(message.blocks),
