@@ -363,10 +363,14 @@ Session = EncoderSession | DecoderSession
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Opens a folder. A package that is not in the core is imported by `errors.require`."""
+    """Opens a folder. A package that is not in the core is imported by `errors.require`.
+
+    delegate: what `RunOptions.optimize` switches on and off; empty: nothing.
+    """
 
     summary: str
     open: Callable[[Path, RunOptions], Session]
+    delegate: str = ""
 
 
 # --- tasks -------------------------------------------------------------------------------------

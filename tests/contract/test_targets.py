@@ -105,6 +105,10 @@ def read_onnx(file: Path) -> dict[str, Triple]:
     """The quantized weights of an ONNX file, by the names of its initializers."""
     graph = onnx.load(str(file)).graph
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in graph.node:  # a table that is the head too is read in the head's shape
+        if node.op_type == "Reshape" and all(name in values for name in node.input):
+            shape = values[node.input[1]]
+            values[node.output[0]] = values[node.input[0]].reshape(shape)
     found: dict[str, Triple] = {}
     for node in graph.node:
         attributes = {a.name: a.i for a in node.attribute}
@@ -128,6 +132,9 @@ def read_onnx(file: Path) -> dict[str, Triple]:
             continue
         name = at[0] if "Gather" in node.op_type else at[1]
         layers = name.removesuffix(".weight").split("|")
+        if len(triple[0]) % len(layers):  # not as many keys and values as queries: left together
+            found[name] = triple
+            continue
         for index, layer in enumerate(layers):
             found[f"{layer}.weight"] = tuple(  # type: ignore[assignment]
                 None if part is None else np.split(part, len(layers))[index] for part in triple

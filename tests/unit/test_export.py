@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import scipy
 import torch
 import transformers
 from tiny_encoder import VOCAB, quantize_weights, save_tiny, save_tokenizer
@@ -22,11 +23,11 @@ import pocketglm.targets
 from pocketglm import registry
 from pocketglm.artifacts import safetensors
 from pocketglm.artifacts.checkpoint import Checkpoint
-from pocketglm.artifacts.export import check_files, read_export
+from pocketglm.artifacts.export import Difference, check_files, read_export
 from pocketglm.artifacts.manifest import digest_file
 from pocketglm.artifacts.output import output_folder
 from pocketglm.artifacts.scheme import TensorScheme
-from pocketglm.contracts import ExportOptions, Silent
+from pocketglm.contracts import ExportOptions, Floats, RunOptions, Silent
 from pocketglm.errors import CheckpointError, ParityError, UsageError
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.layers import Block
@@ -404,3 +405,47 @@ def test_requests_differ_by_checkpoint(tiny: Path, tiny8: Path, tmp_path: Path) 
     export(tiny, EXPORT, tmp_path / "out")
     other = export(tiny8, EXPORT, tmp_path / "out").targets[0]
     assert (other.ok, other.exit_code) == (False, 2)
+
+
+def test_parity_tells_error_divergence_and_flips_with_the_delegate_and_without(
+    tiny8: Path, tmp_path: Path
+) -> None:
+    export(tiny8, EXPORT, tmp_path / "out")
+    manifest = read_export(tmp_path / "out" / "onnx")
+    assert manifest.parity.delegate_on is not None
+    assert manifest.parity.delegate_off is not None
+    assert manifest.parity.delegate_on.max_abs == manifest.parity.output_max_abs
+    assert manifest.parity.delegate_on.flip_rate == 0.0
+
+    wanted = np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)
+    wanted[0] = [0, 0.5, 0.45, 0]
+    found = wanted + np.float32(0.01)  # probabilities do not see a shift of a whole row
+    found[0, 2] += 0.1
+    parity = _parity.judge(
+        manifest.model_copy(update={"activation": "static"}),
+        wanted, found, wanted, {}, classes=True,
+    )  # fmt: skip
+    p, q = (scipy.special.softmax(x.astype(np.float64), axis=1) for x in (wanted, found))
+    assert parity.delegate_on is not None
+    assert parity.delegate_on.kl == pytest.approx((p * np.log(p / q)).sum(axis=1).mean(), rel=1e-9)
+    assert parity.delegate_on.flip_rate == pytest.approx(1 / 20)
+    assert parity.delegate_on.max_abs == pytest.approx(0.11, rel=1e-5)
+    assert parity.delegate_off == Difference(max_abs=0, kl=0, flip_rate=0)
+    alone = _parity.judge(manifest, wanted, wanted, None, {}, classes=True)
+    assert alone.delegate_off is None
+    assert alone.optimizer_max_abs == 0
+
+
+def test_only_a_runtime_with_a_switch_is_run_twice(tiny8: Path, tmp_path: Path) -> None:
+    export(tiny8, EXPORT, tmp_path / "out")
+    manifest = read_export(tmp_path / "out" / "onnx")
+    for runtime, expected in (("onnx", [True, False]), ("gguf", [True])):
+        asked: list[bool] = []
+
+        def run(options: RunOptions, asked: list[bool] = asked) -> Floats:
+            asked.append(options.optimize)
+            return np.zeros((1, 2), np.float32)
+
+        _, plain = _parity.on_and_off(manifest.model_copy(update={"runtime": runtime}), run)
+        assert asked == expected
+        assert (plain is None) == (len(expected) == 1)

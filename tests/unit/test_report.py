@@ -422,3 +422,23 @@ def test_the_card_s_python_is_python() -> None:
     for labels in (["a"], []):
         text = card.render(proof(candidate=proof().candidate | {"labels": labels}))
         compile(text.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_the_parity_of_the_files_is_in_every_report() -> None:
+    plain = proof()
+    assert "What the files compute" not in html.render(plain) + markdown.render(plain)
+    both = {"max_abs": 0.0123, "kl": 4.5e-5, "flip_rate": 0.0625}
+    parity = {"n": 17, "output_std": 1.25, "delegate_on": both}
+    side = plain.candidate | {
+        "target": EVIL,
+        "delegate": "XNNPACK",
+        "parity": parity | {"delegate_off": both | {"kl": None, "flip_rate": None}},
+    }
+    other = plain.baseline | {"target": "gguf", "delegate": "", "parity": parity}
+    found = proof(candidate=side, baseline=other)
+    text = Page(html.render(found)).text
+    for words in ("with XNNPACK", "without XNNPACK", "as shipped", "0.012", "4.5e-05", "6.2 %"):
+        assert words in text
+        assert words in markdown.render(found)
+    assert "<script" not in html.render(found)
+    assert "standard deviation 1.2)" in text

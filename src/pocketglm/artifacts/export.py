@@ -17,13 +17,27 @@ from pocketglm.errors import CheckpointError
 EXPORT = "export.json"
 
 
+class Difference(Config):
+    """A whole file's outputs against its checkpoint's in float32, over the rows of `Parity`.
+
+    kl: mean divergence of the answers' probabilities, KL(checkpoint || file), in nats; flip_rate:
+    share of the rows whose most likely answer is another. None: the outputs are embeddings.
+    """
+
+    max_abs: float
+    kl: float | None = None
+    flip_rate: float | None = None
+
+
 class Parity(Config):
     """Worst difference between checkpoint and file, over `n` rows of sample input.
 
     `blocks` is the worst absolute difference of each block, activation quantization off;
     `output` the whole model's, activation quantization as shipped. `optimizer_max_abs` compares
     the runtime's graph optimizer on and off. `agreement`: share of rows with the same label, or
-    the smallest cosine of two embeddings; None where only blocks were compared.
+    the smallest cosine of two embeddings; None where only blocks were compared. `delegate_on` and
+    `delegate_off`: with and without what the runtime's `RunOptions.optimize` switches, such as
+    XNNPACK; None: not run, or the runtime has no such switch.
     """
 
     scope: Literal["whole", "blocks"]
@@ -33,6 +47,8 @@ class Parity(Config):
     tolerance: float
     agreement: float | None
     optimizer_max_abs: float = 0.0
+    delegate_on: Difference | None = None
+    delegate_off: Difference | None = None
     blocks: dict[str, float] = {}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pocketglm.artifacts.proof import Proof
-from pocketglm.report import _format
+from pocketglm.report import _format, _parity
 
 
 def render(proof: Proof) -> str:
@@ -14,8 +14,21 @@ def render(proof: Proof) -> str:
         f"{cell(_format.precision(proof.candidate))} against "
         f"{cell(_format.precision(proof.baseline))}, task {cell(proof.task)}, "
         f"{_format.scored(proof)} of {cell(proof.data.get('path', ''))}, "
-        f"{cell(proof.created)}.\n\n{table(proof)}"
+        f"{cell(proof.created)}.\n\n{table(proof)}{_files(proof)}"
     )
+
+
+def _files(proof: Proof) -> str:
+    """What the files compute, against their checkpoints."""
+    found = _parity.rows(proof)
+    if not found:
+        return ""
+    lines = [
+        f"| {' | '.join(name.lower() for name in _parity.HEAD)} |",
+        "|---|---|---:|---:|---:|---:|",
+        *("| " + " | ".join(cell(text) for text in row) + " |" for row in found),
+    ]
+    return f"\n## {_parity.TITLE}\n\n{_parity.note(proof)}\n\n" + "\n".join(lines) + "\n"
 
 
 def table(proof: Proof) -> str:

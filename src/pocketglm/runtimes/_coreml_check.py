@@ -16,6 +16,8 @@ from pocketglm.runtimes._coreml_ops import OPS
 from pocketglm.runtimes._coreml_table import Op
 
 _INDEX_OPS = ("gather", "gather_nd", "gather_along_axis", "one_hot")
+# Arguments whose values become the result's, in operations that move values.
+_CONTENTS = ("x", "a", "b", "data", "input", "update", "updates", "values")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ def check_program(package: Package, states: Iterable[str] | None = None) -> list
         for name in sorted(wanted - set(function.states)):
             problems.append(f"{function.name}: there is no state {name}: the cache is lost")
         problems += _state_problems(function)
+        problems += _lost_cache_problems(function)
         problems += _index_problems(function)
     for name in sorted(wanted):
         types = {str(f.states[name].type) for f in functions if name in f.states}
@@ -171,59 +174,76 @@ def _broadcast(shapes: list[tuple[int | None, ...]]) -> tuple[int | None, ...]:
 # --- flow ---------------------------------------------------------------------------------------
 
 
-def _sources(function: Function, start: Iterable[str], through: Iterable[str] | None) -> set[str]:
-    """The function's inputs and states that values are computed from.
+def _sources(
+    function: Function,
+    start: Iterable[str | Constant],
+    through: Iterable[str],
+    arguments: Iterable[str] | None = None,
+) -> set[str]:
+    """Where values come from, by way of operations of the types `through`: inputs and states of the
+    function, constants, and results of other operations.
 
-    through: only by way of operations of these types; None: of all.
+    arguments: to follow; None: all.
     """
     makers = {name: op for op in function.operations for name, _ in op.outputs}
     found: set[str] = set()
     seen: set[str] = set()
-    waiting = list(start)
+    waiting = [name for name in start if isinstance(name, str)]
     while waiting:
         name = waiting.pop()
         if name in seen:
             continue
         seen.add(name)
         maker = makers.get(name)
-        if maker is None:
+        if maker is None or maker.type not in through:
             found.add(name)
-        elif through is None or maker.type in through:
-            waiting += [n for names in maker.inputs.values() for n in names if isinstance(n, str)]
+            continue
+        for key, names in maker.inputs.items():
+            if arguments is None or key in arguments:
+                waiting += [n for n in names if isinstance(n, str)]
     return found
 
 
 def _state_problems(function: Function) -> Iterator[str]:
+    """A state that no operation writes, or only with what was read from it."""
+    moves = [name for name, op in OPS.items() if op.moves]
     for state in function.states:
-        written = [
-            [n for key, names in op.inputs.items() if key != writes for n in names]
-            for op in function.operations
-            if (writes := OPS[op.type].writes if op.type in OPS else "")
-            and op.inputs.get(writes) == (state,)
-        ]
-        sources = [
-            _sources(function, [n for n in names if isinstance(n, str)], None) for names in written
-        ]
-        if not written:
-            yield f"{function.name}: the state {state} is never written: the write was dropped"
-        elif not any(found & set(function.inputs) for found in sources):
+        sources: set[str] = set()
+        for operation in function.operations:
+            op = OPS.get(operation.type)
+            if op is not None and op.writes and operation.inputs.get(op.writes) == (state,):
+                data = [n for k, names in operation.inputs.items() if k != op.writes for n in names]
+                sources |= _sources(function, data, moves, _CONTENTS)
+        if sources <= {state}:
+            how = "only with what was in it" if sources else "by no operation"
+            yield f"{function.name}: the state {state} is written {how}: the write was dropped"
+
+
+def _lost_cache_problems(function: Function) -> Iterator[str]:
+    """Without its declaration as a state, a cache becomes a constant that each call begins with."""
+    if function.states:
+        return
+    constants = {op.name for op in function.operations if op.value is not None}
+    for operation in function.operations:
+        if operation.type == "slice_update" and set(operation.inputs["x"]) <= constants:
             yield (
-                f"{function.name}: the state {state} is written with nothing that comes from an "
-                "input: the write was dropped"
+                f"{function.name}: {operation.type} {operation.name} writes into a constant, and "
+                "the program has no state: what it writes is lost after the call"
             )
 
 
 def _index_problems(function: Function) -> Iterator[str]:
+    """Float inputs that become indices."""
     through = [name for name, op in OPS.items() if op.elementwise or op.moves or name == "cast"]
     through = [name for name in through if name not in _INDEX_OPS]
     told = set()
     for operation in function.operations:
         if operation.type not in _INDEX_OPS:
             continue
-        indices = [n for n in operation.inputs.get("indices", ()) if isinstance(n, str)]
-        for name in sorted(_sources(function, indices, through) & set(function.inputs)):
+        sources = _sources(function, operation.inputs.get("indices", ()), through)
+        for name in sorted(sources & set(function.inputs) - told):
             declared = function.inputs[name].type
-            if declared.dtype.startswith("fp") and name not in told:
+            if declared.dtype.startswith("fp"):
                 told.add(name)
                 yield (
                     f"{function.name}: the input {name} is {declared} and is used as indices "

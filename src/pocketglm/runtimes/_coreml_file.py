@@ -397,15 +397,15 @@ def _operation(message: Any, weights: Mapping[str, Array]) -> Operation:
     def constant(value: Any) -> Constant:
         return Constant(_type(value.type), value, weights)
 
-    inputs = {
+    inputs: dict[str, tuple[str | Constant, ...]] = {
         key: tuple(
             b.name if not b.HasField("value") else constant(b.value) for b in entry.arguments
         )
         for key, entry in sorted(message.inputs.items())
     }
-    if message.type.startswith("constexpr_"):  # before iOS 18 their inputs are attributes
-        given = {n: value for n, value in message.attributes.items() if n != "name"}
-        inputs |= {key: (constant(value),) for key, value in sorted(given.items())}
+    for key, value in sorted(message.attributes.items()):  # constexpr operations before iOS 18
+        if key not in ("name", "val"):
+            inputs[key] = (constant(value),)
     return Operation(
         type=message.type,
         inputs=inputs,

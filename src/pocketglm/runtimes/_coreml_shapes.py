@@ -42,12 +42,6 @@ def write_state(input: Array, data: Array) -> Array:
     return data
 
 
-@define("state", same=("state", "value"), moves=True, writes="state")
-def coreml_update_state(state: Array, value: Array) -> Array:
-    """The state becomes value, which is the result too."""
-    return value
-
-
 # --- shapes -------------------------------------------------------------------------------------
 
 

@@ -163,4 +163,5 @@ def _info(path: Path, manifest: ExportManifest, options: RunOptions) -> SessionI
 SPEC = Runtime(
     summary="onnxruntime-genai on the CPU, for decoders exported to ONNX",
     open=open_export,
+    delegate="graph optimizer",
 )

@@ -114,4 +114,4 @@ def open_export(path: Path, options: RunOptions) -> Session:
     return LitertSession(model, info, manifest.vocab_size)
 
 
-SPEC = Runtime(summary="LiteRT on the CPU", open=open_export)
+SPEC = Runtime(summary="LiteRT on the CPU", open=open_export, delegate="XNNPACK")

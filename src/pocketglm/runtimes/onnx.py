@@ -101,4 +101,4 @@ def open_export(path: Path, options: RunOptions) -> Session:
     return OnnxSession(session, manifest)
 
 
-SPEC = Runtime(summary="ONNX Runtime on the CPU", open=open_export)
+SPEC = Runtime(summary="ONNX Runtime on the CPU", open=open_export, delegate="graph optimizer")

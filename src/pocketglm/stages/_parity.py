@@ -5,24 +5,25 @@ Three comparisons on embedded sample sentences of 1 to `max_length` tokens:
   file's own previous block gave, so that errors do not add up and the faulty block is named;
 * the whole file as shipped, in its runtime, against the checkpoint in float32; static activations,
   whose grids are the checkpoint's own, are rounded on both sides;
-* the runtime's graph optimizer on against off.
+* the runtime's delegate, such as its graph optimizer or XNNPACK, on against off, where it has one.
 
 Where the runtime is an extra that is not installed, the first comparison alone is made, and said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import kl_div, log_softmax, normalize
 
+from pocketglm import registry
 from pocketglm.artifacts.checkpoint import Checkpoint
-from pocketglm.artifacts.export import ExportManifest, Parity
-from pocketglm.contracts import Floats, Ids, Reporter, RunOptions, Target, Tolerance
+from pocketglm.artifacts.export import Difference, ExportManifest, Parity
+from pocketglm.contracts import Floats, Ids, Reporter, RunOptions, Runtime, Target, Tolerance
 from pocketglm.errors import MissingExtraError, ParityError
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import load_encoder, stored_name
@@ -108,17 +109,24 @@ def check_parity(
     for batch in batches:
         for name, difference in _compare_blocks(model, target, file, batch).items():
             blocks[name] = max(difference, blocks.get(name, 0.0))
-    reporter.say("checking parity of the whole file, graph optimizer on and off")
+    reporter.say("checking parity of the whole file, as shipped and without its delegate")
     with torch.inference_mode(), quantized_inputs(model, input_grids(ckpt, model)):
         wanted = np.concatenate([_torch(model, batch).numpy() for batch in batches])
     try:
-        shipped, plain = (
-            _run(folder, batches, RunOptions(optimize=optimize)) for optimize in (True, False)
-        )
+        shipped, plain = on_and_off(manifest, lambda options: _run(folder, batches, options))
     except MissingExtraError as error:
         return by_parts(blocks, wanted, target.tolerance, error, reporter)
     classes = bool(manifest.labels)
     return judge(manifest, wanted, shipped, plain, blocks, target.tolerance, classes=classes)
+
+
+def on_and_off(
+    manifest: ExportManifest, run: Callable[[RunOptions], Floats]
+) -> tuple[Floats, Floats | None]:
+    """What `run` gives with the runtime's delegate and without; None: the runtime has no switch."""
+    runtime: Runtime = registry.load("runtimes", manifest.runtime)
+    shipped = run(RunOptions(optimize=True))
+    return shipped, run(RunOptions(optimize=False)) if runtime.delegate else None
 
 
 def by_parts(
@@ -220,13 +228,13 @@ def judge(
     manifest: ExportManifest,
     wanted: Floats,
     shipped: Floats,
-    plain: Floats,
+    plain: Floats | None,
     blocks: dict[str, float],
     tolerance: Tolerance = _EXACT,
     *,
     classes: bool,
 ) -> Parity:
-    """Parity of the outputs [n, C] of checkpoint and file, graph optimizer on and off.
+    """Parity of the outputs [n, C] of checkpoint and file, its delegate on and off (None: none).
 
     classes: the greatest of C values is the answer; else they are a vector of unit length.
 
@@ -248,7 +256,9 @@ def judge(
         output_std=std,
         tolerance=share * std or exact,
         agreement=agreement,
-        optimizer_max_abs=worst(shipped, plain),
+        optimizer_max_abs=0.0 if plain is None else worst(shipped, plain),
+        delegate_on=_difference(wanted, shipped, classes=classes),
+        delegate_off=None if plain is None else _difference(wanted, plain, classes=classes),
         blocks=blocks,
     )
     form = f"{manifest.precision}, activations {manifest.activation}"
@@ -281,6 +291,18 @@ def judge(
             accurate,
         )
     return parity
+
+
+def _difference(wanted: Floats, found: Floats, *, classes: bool) -> Difference:
+    """How `found` [n, C] differs from `wanted`; as answers only where there are classes."""
+    if not classes:
+        return Difference(max_abs=worst(wanted, found))
+    p, q = (log_softmax(torch.from_numpy(x).double(), dim=-1) for x in (wanted, found))
+    return Difference(
+        max_abs=worst(wanted, found),
+        kl=float(kl_div(q, p, reduction="batchmean", log_target=True).clamp(min=0)),
+        flip_rate=float((wanted.argmax(axis=1) != found.argmax(axis=1)).mean()),
+    )
 
 
 def _agreement(wanted: Floats, found: Floats, std: float, *, classes: bool) -> float:

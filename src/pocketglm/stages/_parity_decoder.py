@@ -3,9 +3,9 @@
 Block by block, activation quantization off: each block of the checkpoint in PyTorch gets what the
 file's own previous block gave, so that errors do not add up and the faulty block is named. One
 block of either side is in memory at a time. A model that is small enough is also compared whole, as
-it ships: the logits of its runtime, graph optimizer on and off, against those of PyTorch's blocks
-one after the other. Of an INT8 cache the file's integers are compared, and then taken: a value
-halfway between two integers may become either.
+it ships: the logits of its runtime, with its delegate and without, against those of PyTorch's
+blocks one after the other. Of an INT8 cache the file's integers are compared, and then taken: a
+value halfway between two integers may become either.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pocketglm.runtimes import open_decoder
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.stages._file_cache import FileCache
 from pocketglm.stages._memory import Ceiling, resident
-from pocketglm.stages._parity import SAMPLES, by_parts, judge, worst
+from pocketglm.stages._parity import SAMPLES, by_parts, judge, on_and_off, worst
 from pocketglm.text.tokenizer import Tokenizer
 
 WHOLE = 200_000_000  # parameters up to which the whole model is compared
@@ -102,9 +102,9 @@ def _check(
         torch.set_num_threads(threads)
     if not whole:
         return by_parts(blocks, wanted, tolerance)
-    reporter.say("checking parity of the whole file, graph optimizer on and off")
+    reporter.say("checking parity of the whole file, as shipped and without its delegate")
     try:
-        shipped, plain = (_run(folder, ids, mask, optimize) for optimize in (True, False))
+        shipped, plain = on_and_off(manifest, lambda options: _run(folder, ids, mask, options))
     except MissingExtraError as error:
         return by_parts(blocks, wanted, tolerance, error, reporter)
     return judge(manifest, wanted, shipped, plain, blocks, tolerance, classes=True)
@@ -328,9 +328,9 @@ class _Reference:
 # --- the whole file ------------------------------------------------------------------------------
 
 
-def _run(folder: Path, ids: Ids, mask: Ids, optimize: bool) -> Floats:
+def _run(folder: Path, ids: Ids, mask: Ids, options: RunOptions) -> Floats:
     """Logits [tokens, V] of all rows' real tokens, by the runtime."""
-    session = open_decoder(folder, RunOptions(optimize=optimize))
+    session = open_decoder(folder, options)
     try:
         rows = [row[: keep.sum()].tolist() for row, keep in zip(ids, mask, strict=True)]
         return np.concatenate([session.score(row) for row in rows])

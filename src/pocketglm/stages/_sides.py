@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pocketglm import registry
 from pocketglm.artifacts.checkpoint import model_folder
 from pocketglm.artifacts.export import ExportManifest, check_files, read_export
 from pocketglm.artifacts.manifest import digest_value
@@ -71,6 +72,8 @@ def describe(side: Side, timings: Timings, metrics: Mapping[str, Metric]) -> dic
         "pooling": manifest.pooling,
         "max_length": manifest.max_length,
         "activation": manifest.activation,
+        "parity": manifest.parity.model_dump(mode="json", exclude={"blocks"}),
+        "delegate": registry.load("runtimes", manifest.runtime).delegate,
         "p50_ms": float(np.percentile(timings.samples, 50)),
         "p99_ms": float(np.percentile(timings.samples, 99)),
         "load_ms": float(np.median(timings.loads)),
