@@ -215,8 +215,9 @@ class ExportOptions:
     max_length: tokens per text; of a decoder, prompt and answer together (its cache). logits: the
     positions that a decoder's file computes logits of. spinning: threads wait busily.
     max_memory: bytes that the process may have resident; None: no limit.
-    deployment, compute_units: of Core ML: the oldest system that must open it, such as "iOS17", and
-    the processors that it is laid out for; None: the target chooses, and says what.
+    Of Core ML: deployment, the oldest system that must open it, such as "iOS17"; compute_units, the
+    processors that it is laid out for; compute_precision, the type of its values; None: the target
+    chooses, and says what.
     """
 
     opset: int | None = None
@@ -227,6 +228,7 @@ class ExportOptions:
     max_memory: int | None = None
     deployment: str | None = None
     compute_units: ComputeUnits | None = None
+    compute_precision: Literal["float16", "float32"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +242,7 @@ class Lowered:
     minimum: dict[str, str] = field(default_factory=dict)
     parts: dict[str, int] = field(default_factory=dict)  # bytes of the weights by part of the model
     activation: str = "none"  # the form in which the file quantizes the linear layers' inputs
-    floats: Literal["fp32", "fp16"] = "fp32"  # the type of weights that are not quantized
+    floats: Literal["fp32", "fp16"] = "fp32"  # the type of constants that are not quantized
     cache: Literal["float32", "float16"] = "float32"  # a decoder's, where it is not quantized
     digests: dict[str, str] = field(default_factory=dict)  # sha256 of files, taken while writing
 

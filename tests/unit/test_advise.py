@@ -25,7 +25,8 @@ from pocketglm.stages._advice_limits import size_words
 from pocketglm.stages._advice_models import count_words
 from pocketglm.stages.advise import Wanted, advise
 
-NOT_RUN = {("litert", "gpu"), ("litert", "npu")}  # units that LiteRT exports were never run on
+# Units that exports were never run on.
+NOT_RUN = {("litert", "gpu"), ("litert", "npu"), *(("coreml", u) for u in ("cpu", "gpu", "npu"))}
 PHONE = "snapdragon-8-gen-3"
 GOOD = ("yes", "probably")
 

@@ -77,6 +77,7 @@ class CacheLayout(Config):
 class ExportManifest(Config):
     """`kind`: encoder or decoder. `output`: the name of the graph's result.
 
+    `floats`: the type of constants that are not quantized; parity rounds the checkpoint's to it.
     `parameters`: bytes of the weights in the model file by part: embedding, attention, ffn, ...;
     `parameter_count`: how many the model has (0: made before this was recorded).
     `max_length`: of an encoder, where texts are cut; of a decoder, prompt and answer together; the
@@ -102,6 +103,7 @@ class ExportManifest(Config):
     max_length: int
     vocab_size: int = 0
     activation: str = "none"
+    floats: Literal["fp32", "fp16"] = "fp32"
     threads: int | None = None
     logits: Literal["last", "all"] | None = None
     bos_id: int | None = None

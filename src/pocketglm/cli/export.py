@@ -18,7 +18,7 @@ from pocketglm.cli._common import (
     megabytes,
     table,
 )
-from pocketglm.contracts import ExportOptions
+from pocketglm.contracts import ComputeUnits, ExportOptions
 from pocketglm.errors import as_lines
 from pocketglm.stages._memory import parse_size
 from pocketglm.stages.export import export
@@ -57,6 +57,24 @@ def main(
             "--spinning", help="Decoder: threads of its app wait busily (own cores only)."
         ),
     ] = False,
+    deployment_target: Annotated[
+        Literal["iOS15", "iOS16", "iOS17", "iOS18"] | None,
+        typer.Option(
+            help="Core ML: the oldest system that opens it. Default: the oldest that has what the "
+            "model needs."
+        ),
+    ] = None,
+    compute_units: Annotated[
+        ComputeUnits | None,
+        typer.Option(
+            help="Core ML: what it is laid out for: cpuAndNeuralEngine (fixed shapes, 1x1 "
+            "convolutions) or cpuAndGPU, cpuOnly (flexible shapes). Default: by kind of model."
+        ),
+    ] = None,
+    compute_precision: Annotated[
+        Literal["float16", "float32"] | None,
+        typer.Option(help="Core ML: the type of its values. Default: float16."),
+    ] = None,
     max_memory: MaxMemory = None,
     force: Force = False,
     json: Json = False,
@@ -70,6 +88,9 @@ def main(
         logits=logits,
         spinning=spinning,
         max_memory=parse_size(max_memory),
+        deployment=deployment_target,
+        compute_units=compute_units,
+        compute_precision=compute_precision,
     )
     with Progressive() as reporter:
         result = export(checkpoint, targets, out, options=options, force=force, reporter=reporter)

@@ -7,6 +7,7 @@ Three comparisons on embedded sample sentences of 1 to `max_length` tokens:
   whose grids are the checkpoint's own, are rounded on both sides;
 * the runtime's delegate, such as its graph optimizer or XNNPACK, on against off, where it has one.
 
+Constants that the file has in fp16 are rounded on both sides.
 Where the runtime is an extra that is not installed, the first comparison alone is made, and said.
 """
 
@@ -101,7 +102,10 @@ def check_parity(
     """
     model = load_encoder(ckpt)
     for name, values in model.state_dict().items():
-        check_finite(ckpt, stored_name(ckpt, name), values)
+        stored = stored_name(ckpt, name)
+        check_finite(ckpt, stored, values)
+        if manifest.floats == "fp16" and stored not in ckpt.manifest.schemes:
+            values.copy_(values.half())
     batches = list(_samples(folder, manifest.max_length))
     file = folder / manifest.model_file
     reporter.say("checking parity, block by block")
@@ -264,6 +268,8 @@ def judge(
     form = f"{manifest.precision}, activations {manifest.activation}"
     form += ", INT8 cache" if int8_cache else ""
     accurate = "choose a more accurate form: compress with --set activation=dynamic_block or none"
+    if manifest.floats == "fp16" and kind == "none":
+        accurate = "fp16 is too coarse for this model: export with --compute-precision float32"
     for what, difference, limit, hint in (
         (
             "the written file differs from the checkpoint",

@@ -30,7 +30,7 @@ from pocketglm.contracts import ExportOptions, Floats, Ids, Reporter, RunOptions
 from pocketglm.errors import MissingExtraError, ParityError
 from pocketglm.model.hf import decoder_spec_of, stored_name
 from pocketglm.model.inputs import layer_scales
-from pocketglm.model.layers import Block, bare_modules, rotation
+from pocketglm.model.layers import Block, Rotation, bare_modules, rotation
 from pocketglm.model.spec import DecoderSpec
 from pocketglm.ops.stored import check_finite, parameter_counts, read_quantized, read_weight
 from pocketglm.runtimes import open_decoder
@@ -96,7 +96,14 @@ def _check(
     torch.set_num_threads(max(1, min(threads, usable_cores() - 1)))  # the file's side has a core
     try:
         blocks, wanted = _compare(
-            ckpt, found, ids, mask, options.max_memory, reporter, tolerance.part, whole=whole
+            _Reference(ckpt, decoder_spec_of(ckpt), half=manifest.floats == "fp16"),
+            found,
+            ids,
+            mask,
+            options.max_memory,
+            reporter,
+            tolerance.part,
+            whole=whole,
         )
     finally:
         torch.set_num_threads(threads)
@@ -168,7 +175,7 @@ def decoder_buffers(ckpt: Checkpoint) -> int:
 
 @torch.inference_mode()
 def _compare(
-    ckpt: Checkpoint,
+    reference: _Reference,
     found: Iterable[tuple[str, Floats]],
     ids: Ids,
     mask: Ids,
@@ -185,7 +192,7 @@ def _compare(
     the checkpoint's own parts gave one after the other.
     """
     keep, rows, last = mask.astype(bool), np.arange(len(ids)), mask.sum(axis=1) - 1
-    reference, ceiling = _Reference(ckpt, decoder_spec_of(ckpt)), Ceiling(max_memory, "export")
+    ceiling = Ceiling(max_memory, "export")
     total, batch = reference.spec.num_layers + 2, len(ids)
     x = own = logits = torch.empty(0)
     kept: FileCache | None = None
@@ -193,7 +200,7 @@ def _compare(
     for name, value in _ahead(found):
         part, _, place = name.partition(".")
         if part == "cache":
-            kept = FileCache.of(name, value, mask, layer_scales(ckpt, int(place)))
+            kept = FileCache.of(name, value, mask, layer_scales(reference.ckpt, int(place)))
             continue
         if part in ("rotary", "rows"):
             start, stop = map(int, place.split(":"))
@@ -265,11 +272,13 @@ class _Streamed(nn.Module):
 class _Reference:
     """The checkpoint's parts in PyTorch, float32, each read when it is used.
 
-    No more than a chunk of a weight is in memory as float32.
+    No more than a chunk of a weight is in memory as float32. half: constants that are not quantized
+    are rounded to fp16, as in the file.
     """
 
     ckpt: Checkpoint
     spec: DecoderSpec
+    half: bool = False
 
     def embeddings(self, ids: Tensor) -> Tensor:
         """ids [B, S] -> [B, S, H]."""
@@ -283,8 +292,14 @@ class _Reference:
 
     def rotary(self, start: int, stop: int) -> Tensor:
         """Cosines and sines of positions `start:stop`: [2, positions, rotary dims / 2]."""
-        turn = rotation(self.spec.rope, torch.arange(start, stop)[None], torch.float32)
+        turn = self._rotation(torch.arange(start, stop)[None])
         return torch.stack([turn.cos[0, 0], turn.sin[0, 0]])
+
+    def _rotation(self, positions: Tensor) -> Rotation:
+        turn = rotation(self.spec.rope, positions, torch.float32)
+        if not self.half:
+            return turn
+        return turn._replace(cos=turn.cos.half().float(), sin=turn.sin.half().float())
 
     def block(self, index: int, x: Tensor, past: FileCache | None = None) -> Tensor:
         """Layer `index`: x [B, S, H] -> [B, S, H], every row by itself from position 0."""
@@ -295,7 +310,7 @@ class _Reference:
             if isinstance(layer, nn.Linear):
                 block.set_submodule(name, _Streamed(self, at + name, layer))
         block.load_state_dict({n: self.read(at + n) for n in block.state_dict()}, assign=True)
-        turn = rotation(self.spec.rope, torch.arange(x.shape[1])[None], x.dtype)
+        turn = self._rotation(torch.arange(x.shape[1])[None])
         result: Tensor = block(x, None, turn, past)
         return result
 
@@ -319,7 +334,7 @@ class _Reference:
         if stored not in self.ckpt.manifest.schemes:
             rows = read_weight(self.ckpt, stored, start, stop)
             check_finite(self.ckpt, stored, rows, start)
-            return rows
+            return rows.half().float() if self.half else rows
         found = read_quantized(self.ckpt, stored, start, stop)
         check_finite(self.ckpt, stored, found.scales, start)
         return found.dequantized()

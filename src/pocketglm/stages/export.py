@@ -205,6 +205,7 @@ def _manifest(
         max_length=options.max_length or max_length_of(ckpt),
         vocab_size=spec.vocab_size,
         activation=lowered.activation,
+        floats=lowered.floats,
         task=ckpt.manifest.task,
         schemes=ckpt.manifest.schemes,
         tokenizer_sha256=digest_file(folder / "tokenizer.json"),

@@ -53,6 +53,7 @@ _PACKAGES = {
     "onnx": ("onnxruntime", "numpy"),
     "gguf": ("llama-cpp-python", "numpy"),
     "litert": ("ai-edge-litert", "numpy"),
+    "coreml": ("coremltools", "numpy"),
 }
 
 

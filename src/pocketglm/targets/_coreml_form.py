@@ -65,7 +65,7 @@ def form_of(ckpt: Checkpoint, options: ExportOptions) -> Form:
     """The form for these options, which `supports` has accepted."""
     lowest = max(_needs(ckpt), default=(15, ""))[0]
     ios = int(options.deployment.removeprefix("iOS")) if options.deployment else lowest
-    half = scales_are_half(ckpt)
+    half = options.compute_precision != "float32" and scales_are_half(ckpt)
     units, why = options.compute_units, "asked for"
     if units is None or units == "all":
         layout_units, why = _default(ckpt, half)
@@ -81,7 +81,7 @@ def form_of(ckpt: Checkpoint, options: ExportOptions) -> Form:
 def _default(ckpt: Checkpoint, half: bool) -> tuple[ComputeUnits, str]:
     """The compute units for a model of this kind, and why."""
     if not half:
-        return "cpuAndGPU", "scales that fp16 does not hold: float32, the Neural Engine has none"
+        return "cpuAndGPU", "values in float32, which the Neural Engine does not have"
     if is_decoder(ckpt):
         return "cpuAndGPU", (
             "a decoder reads its whole weight and cache at each token: the GPU decompresses INT4 "
@@ -111,10 +111,16 @@ def form_reasons(ckpt: Checkpoint, options: ExportOptions) -> list[str]:
         reasons += [f"{what}: needs iOS{first}, not {options.deployment}" for first, what in missing]
         if missing:
             reasons[-1] += f": the nearest that works is iOS{max(missing)[0]}"
-    if options.compute_units == "cpuAndNeuralEngine" and not scales_are_half(ckpt):
+    whole = options.compute_precision == "float32"
+    if not whole and not scales_are_half(ckpt):
+        why = "scales that fp16 does not hold exactly"
+        if options.compute_precision == "float16":
+            reasons.append(f"{why}: use float32, or quantize the model again")
+        whole = True
+    if whole and options.compute_units == "cpuAndNeuralEngine":
         reasons.append(
-            "scales that fp16 does not hold exactly: the file computes in float32, which the Neural "
-            "Engine does not have: use cpuAndGPU, or quantize the model again"
+            "values in float32: the Neural Engine computes in fp16: use compute units cpuAndGPU or "
+            "cpuOnly"
         )
     return reasons
 
