@@ -80,6 +80,10 @@ class Evaluator:
             for name, port in self.states.items()
         }
 
+    def copy_state(self, state: State) -> State:
+        """Another state with the same values: a run replaces arrays, it changes none."""
+        return dict(state)
+
     def run(
         self, inputs: Mapping[str, Any], state: State | None = None, watch: Iterable[str] = ()
     ) -> dict[str, Array]:
