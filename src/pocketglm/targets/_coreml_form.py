@@ -16,7 +16,7 @@ import numpy as np
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import ComputeUnits, ExportOptions
-from pocketglm.model.hf import is_decoder
+from pocketglm.model.hf import decoder_spec_of, is_decoder
 from pocketglm.ops.stored import as_tensor, read_grid
 
 DEPLOYMENTS = ("iOS15", "iOS16", "iOS17", "iOS18")
@@ -66,6 +66,8 @@ def form_of(ckpt: Checkpoint, options: ExportOptions) -> Form:
     lowest = max(_needs(ckpt), default=(15, ""))[0]
     ios = int(options.deployment.removeprefix("iOS")) if options.deployment else lowest
     half = options.compute_precision != "float32" and scales_are_half(ckpt)
+    if _chooses(ckpt) and options.compute_precision is None:
+        half = False
     units, why = options.compute_units, "asked for"
     if units is None or units == "all":
         layout_units, why = _default(ckpt, half)
@@ -92,6 +94,11 @@ def _default(ckpt: Checkpoint, half: bool) -> tuple[ComputeUnits, str]:
     return "cpuAndNeuralEngine", "a short text through all layers at once: least energy per answer"
 
 
+def _chooses(ckpt: Checkpoint) -> bool:
+    """Whether a rounding may change which keys a query looks at (top-k attention)."""
+    return is_decoder(ckpt) and decoder_spec_of(ckpt).top_k is not None
+
+
 def _needs(ckpt: Checkpoint) -> list[tuple[int, str]]:
     found = {needed_ios(scheme) for scheme in ckpt.manifest.schemes.values()}
     if is_decoder(ckpt):
@@ -112,6 +119,8 @@ def form_reasons(ckpt: Checkpoint, options: ExportOptions) -> list[str]:
         if missing:
             reasons[-1] += f": the nearest that works is iOS{max(missing)[0]}"
     whole = options.compute_precision == "float32"
+    if _chooses(ckpt) and options.compute_precision is None:
+        whole = True
     if not whole and not scales_are_half(ckpt):
         why = "scales that fp16 does not hold exactly"
         if options.compute_precision == "float16":
