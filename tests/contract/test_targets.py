@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import coreml_file
 import gguf
 import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
 import safetensors.torch
-import coreml_file
 from litert_file import flip, read_weights
 from onnx import numpy_helper
 from oracles.gguf_model import quantized_rows

@@ -59,9 +59,7 @@ def attend(
     return g.b.concat(values=seen, axis=1) if len(seen) > 1 else seen[0]
 
 
-def _together(
-    g: Graph, query: Any, keys: Any, values: Any, bias: Any, top_k: int | None
-) -> Any:
+def _together(g: Graph, query: Any, keys: Any, values: Any, bias: Any, top_k: int | None) -> Any:
     _, count, tokens, size = query.shape
     kv_heads, slots = keys.shape[1], keys.shape[2]
     grouped = count != kv_heads

@@ -54,7 +54,7 @@ def expected(
     decoder = isinstance(spec, DecoderSpec)
     layers = spec.num_layers
     products = len([n for i in range(layers) for n in _products(spec, i)])
-    products += 1 if decoder else int(spec.head == "classification") + int(_has_pooler(spec))
+    products += _head_products(spec)
     counts = {
         "conv" if form.channels else "linear": products,
         "linear" if form.channels else "conv": 0,
@@ -81,8 +81,10 @@ def _products(spec: EncoderSpec | DecoderSpec, index: int) -> list[str]:
     return [part for name in spec.linear_layers for part in [name] * (1 + (name in factored))]
 
 
-def _has_pooler(spec: EncoderSpec | DecoderSpec) -> bool:
-    return isinstance(spec, EncoderSpec) and spec.pooler and spec.head == "classification"
+def _head_products(spec: EncoderSpec | DecoderSpec) -> int:
+    if isinstance(spec, DecoderSpec):
+        return 1
+    return (1 + spec.pooler) * (spec.head == "classification")
 
 
 def _heads(spec: EncoderSpec | DecoderSpec) -> tuple[int, ...]:

@@ -115,7 +115,9 @@ def form_reasons(ckpt: Checkpoint, options: ExportOptions) -> list[str]:
     if options.deployment:
         ios = int(options.deployment.removeprefix("iOS"))
         missing = [(first, what) for first, what in _needs(ckpt) if first > ios]
-        reasons += [f"{what}: needs iOS{first}, not {options.deployment}" for first, what in missing]
+        reasons += [
+            f"{what}: needs iOS{first}, not {options.deployment}" for first, what in missing
+        ]
         if missing:
             reasons[-1] += f": the nearest that works is iOS{max(missing)[0]}"
     whole = options.compute_precision == "float32"

@@ -266,9 +266,7 @@ class Graph:
             self._made[key] = self.b.dequantize(input=rounded, **form)
         return self._made[key]
 
-    def embedding(
-        self, rows: Any, layer: str, *, shared: bool = False, name: str = ""
-    ) -> Any:
+    def embedding(self, rows: Any, layer: str, *, shared: bool = False, name: str = "") -> Any:
         """Rows of a table: indices int32 [1, S] -> a value. shared: it is the head's weight too."""
         table, title = self.weight(f"{layer}.weight", flat=not shared), _titled(name)
         if not self.form.channels:
