@@ -70,7 +70,8 @@ def convert(
 
     example = (torch.zeros(1, count, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
     with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
-        traced = torch.jit.trace(model.eval(), example, check_trace=False)
+        trace: Any = torch.jit.trace
+        traced = trace(model.eval(), example, check_trace=False)
         size = ct.RangeDim(1, SLOTS, default=count) if flexible else count
         kind = {} if ids_type is None else {"dtype": ids_type}
         state = [
@@ -113,15 +114,16 @@ def build(path: Path, function: Any, inputs: dict[str, Any], opset: int = 18, **
     inputs: name -> (shape, MIL type name). function: builder, inputs by name -> results.
     """
     import coremltools as ct
-    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil import Builder
     from coremltools.converters.mil.mil import Function, Program, types
 
     version = getattr(ct.target, f"iOS{opset}")
     ports = {
-        name: mb.placeholder(shape, getattr(types, kind)) for name, (shape, kind) in inputs.items()
+        name: Builder.placeholder(shape, getattr(types, kind))
+        for name, (shape, kind) in inputs.items()
     }
     with Function(ports, opset_version=version) as made:
-        made.set_outputs(function(mb, types, **made.inputs))
+        made.set_outputs(function(Builder, types, **made.inputs))
     program = Program()
     program.add_function("main", made)
     with contextlib.redirect_stderr(io.StringIO()):

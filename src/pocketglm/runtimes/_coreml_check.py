@@ -236,7 +236,7 @@ def _index_problems(function: Function) -> Iterator[str]:
     """Float inputs that become indices."""
     through = [name for name, op in OPS.items() if op.elementwise or op.moves or name == "cast"]
     through = [name for name in through if name not in _INDEX_OPS]
-    told = set()
+    told: set[str] = set()
     for operation in function.operations:
         if operation.type not in _INDEX_OPS:
             continue

@@ -135,6 +135,7 @@ class Evaluator:
         for operation in function.operations:
             for problem in operation_problems(function, operation, self._program):
                 raise CheckpointError(problem, "Core ML would refuse or misread this program")
+
     def _add(self, operation: Operation) -> None:
         if operation.value is not None:
             self._constants[operation.name] = self._constant(operation.value)
@@ -276,7 +277,9 @@ class Evaluator:
             )
         array = np.asarray(given[name])
         kind = _kind(port.type)
-        fits = array.dtype.kind in ("biu" if kind.kind in "iu" else "f" if kind.kind == "f" else "b")
+        fits = array.dtype.kind in (
+            "biu" if kind.kind in "iu" else "f" if kind.kind == "f" else "b"
+        )
         if not fits or not port.takes(array.shape):
             raise UsageError(
                 f"{name} is {array.dtype}{list(array.shape)}, {self.function.name} takes "

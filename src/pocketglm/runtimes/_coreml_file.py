@@ -235,14 +235,15 @@ class Package:
         Raises:
             UsageError: no const or constexpr operation has this name.
         """
-        operations = {op.outputs[0][0]: op for op in self.function(function).operations if op.outputs}
+        operations = {
+            op.outputs[0][0]: op for op in self.function(function).operations if op.outputs
+        }
         found = operations.get(name)
         if found and found.value:
             return {"val": found.value.read()}
         if found and found.type.startswith("constexpr_"):
             return {
-                key: _constant(values[0], operations).read()
-                for key, values in found.inputs.items()
+                key: _constant(values[0], operations).read() for key, values in found.inputs.items()
             }
         known = [n for n, op in operations.items() if op.type.startswith("constexpr_")]
         raise UsageError(f"{self.path} stores no weight {name}", nearest(name, known))
@@ -372,7 +373,9 @@ def _function(name: str, message: Any, described: Any, weights: Mapping[str, Arr
     return Function(
         name=name,
         opset=message.opset,
-        inputs={n.name: _port(n.name, types, ports) for n in message.inputs if n.name not in states},
+        inputs={
+            n.name: _port(n.name, types, ports) for n in message.inputs if n.name not in states
+        },
         outputs={n: _port(n, types, ports) for n in block.outputs},
         states={n.name: _port(n.name, types, ports) for n in message.inputs if n.name in states},
         operations=operations,
