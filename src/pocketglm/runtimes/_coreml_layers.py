@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
-from pocketglm.runtimes._coreml_file import numpy_dtype
 from pocketglm.runtimes._coreml_table import Table, definer
+from pocketglm.runtimes._coreml_values import numpy_dtype
 
 Array = npt.NDArray[Any]
 # Its declared types take one axis only.

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pocketglm.runtimes._coreml_file import numpy_dtype
 from pocketglm.runtimes._coreml_table import Op, Table, definer
+from pocketglm.runtimes._coreml_values import numpy_dtype
 
 Array = npt.NDArray[Any]
 TABLE: Table = {}
