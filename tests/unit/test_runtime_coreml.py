@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from coreml_models import (
     SLOTS,
     STATES,
     D,
     TinyDecoder,
+    TinyEncoder,
     V,
     build,
     convert,
+    convert_encoder,
     torch_logits,
     two_functions,
 )
@@ -252,6 +255,23 @@ def test_an_encoder_of_fixed_length(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"token id {V} is outside"):
         session.logits(np.full((1, 2), V), np.ones((1, 2), int))
     session.close()
+
+
+@pytest.mark.parametrize("sizes", [None, (4, 7)])
+def test_an_encoder_of_flexible_length(tmp_path: Path, sizes: tuple[int, ...] | None) -> None:
+    convert_encoder(tmp_path / MODEL, sizes)
+    manifest(tmp_path, kind="encoder", output="sentence_embedding", max_length=7)
+    session = open_encoder(tmp_path)
+    ids = np.array([[3, 4, 5, 6, 9, 8, 0], [9, 0, 0, 0, 0, 0, 0]])
+    mask = np.array([[1, 1, 1, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0]])
+    with torch.no_grad():
+        wanted = TinyEncoder()(torch.tensor(ids), torch.tensor(mask)).numpy()
+    assert near(session.logits(ids, mask), wanted, 2e-3)
+    port = Evaluator(read_package(tmp_path / MODEL)).inputs["input_ids"]
+    assert port.type.shape == (1, None)
+    assert port.shapes == (() if sizes is None else ((1, 4), (1, 7)))
+    assert port.ranges == (((1, 1), (2, 7)) if sizes is None else ())
+    assert [port.takes((1, size)) for size in (1, 4, 8)] == [False, True, False]
 
 
 def test_an_encoder_with_an_input_of_another_name(tmp_path: Path) -> None:
