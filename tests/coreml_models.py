@@ -59,7 +59,8 @@ class TinyEncoder(nn.Module):
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """ids, mask [1, S] -> [1, D]."""
         keep = mask[..., None].float()
-        return (self.tokens(ids) * keep).sum(1) / keep.sum(1)
+        means: torch.Tensor = (self.tokens(ids) * keep).sum(1) / keep.sum(1)
+        return means
 
 
 def convert_encoder(path: Path, sizes: Sequence[int] | None = None) -> Path:
