@@ -15,7 +15,9 @@ def check_sizes(path: Path, manifest: ExportManifest) -> None:
         CheckpointError: a file is missing or has another size than it was exported with.
     """
     names = {name for name in manifest.files if name.startswith(manifest.model_file)}
-    for name in sorted(names | {manifest.model_file}):
+    if not any(name.startswith(f"{manifest.model_file}/") for name in names):  # it is no folder
+        names.add(manifest.model_file)
+    for name in sorted(names):
         file, entry = path / name, manifest.files.get(name)
         if not file.is_file():
             raise CheckpointError(f"{file} is missing", "export the checkpoint again")

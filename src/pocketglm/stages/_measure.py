@@ -28,8 +28,15 @@ import numpy as np
 
 from pocketglm.artifacts.checkpoint import read_json
 from pocketglm.artifacts.export import is_export, read_export
-from pocketglm.contracts import DecoderSession, EncoderSession, Ids, RunOptions
-from pocketglm.errors import InputError, MissingExtraError, PocketError, UsageError, WorkError
+from pocketglm.contracts import DecoderSession, EncoderSession, Ids, RunOptions, SessionInfo
+from pocketglm.errors import (
+    InputError,
+    MissingExtraError,
+    PocketError,
+    UnsupportedError,
+    UsageError,
+    WorkError,
+)
 from pocketglm.runtimes import open_session
 
 
@@ -126,6 +133,7 @@ def serve(load: Load, answers: IO[str]) -> None:
     start = time.perf_counter()
     session = open_session(load.path, RunOptions(threads=load.threads), load.runtime)
     load_ms = (time.perf_counter() - start) * 1e3
+    _check_real(load, session.info)
     _check_room(load, session.info.max_length)
     ids, mask = sample(load.path, load.batch, load.tokens + load.new_tokens)
     answer(runtime=session.info.runtime, threads=session.info.threads, load_ms=load_ms)
@@ -140,6 +148,15 @@ def serve(load: Load, answers: IO[str]) -> None:
             answer(ms=prompts, steps=steps)
     session.close()
     answer(peak_rss=peak_rss())
+
+
+def _check_real(load: Load, info: SessionInfo) -> None:
+    if info.emulated:
+        raise UnsupportedError(
+            f"{load.path} is computed here by the reference evaluator of {info.runtime}",
+            ["its speed and memory say nothing about the device"],
+            "measure on a device that has this runtime; eval and predict work here",
+        )
 
 
 def _check_room(load: Load, limit: int) -> None:
