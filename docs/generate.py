@@ -1,6 +1,6 @@
 """Writes what the documentation repeats from the code; `--check` fails where it is stale.
 
-python docs/generate.py            write cli.md, extensions.md, choosing.md and .html in docs/
+python docs/generate.py            write cli.md, extensions.md, coreml-ops.md, choosing.md, .html
 python docs/generate.py --check    exit 1 if a file would change
 """
 
@@ -17,6 +17,7 @@ from pocketglm import registry
 from pocketglm.cli._main import command, help_line
 from pocketglm.contracts import Config
 from pocketglm.report import choosing, choosing_html
+from pocketglm.runtimes._coreml_ops import FAMILIES, OPS
 from pocketglm.stages.choosing import every_advice
 
 DOCS = Path(__file__).parent
@@ -96,6 +97,83 @@ def extensions() -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
+COREML = """\
+Where there is no Core ML (Linux), PocketGLM computes the **saved** package itself: it reads
+`model.mlmodel` and `weight.bin` and runs the program in numpy. It needs no coremltools. `eval`,
+`predict` and the parity check of `export` use it; `bench` refuses to, for its speed says nothing
+about a phone.
+
+Two precisions: in *float32* nothing is rounded but what the file stores; in *float16* every result
+that the program declares as fp16 is rounded to it, with sums in float32. Core ML may accumulate and
+fuse otherwise, its compiler may refuse a program, and where it runs an operation is not known here:
+none of that is shown by this evaluator. On a Mac the runtime is Core ML itself, through
+coremltools; that path is written by the documentation and has not been run.
+
+Each operation below is compared with PyTorch on random inputs, in both precisions
+(`tests/unit/test_runtime_coreml_ops.py`). An operation that is not listed is an error that names
+it, its value and its function. Not covered: `while_loop` and `cond`, lists, images, sparse weights,
+look-up tables of vectors.
+"""
+COREML_CHECKS = (  # mistake, what sees it
+    (
+        "a cache write that the converter dropped (`index_put` of one token)",
+        "the check of the program: the state is written by no operation, or only with what "
+        "was in it",
+    ),
+    (
+        "a cache that was not declared as a state (`states=` forgotten)",
+        "the same: a state that was asked for is missing, or the program writes into a "
+        "constant; a decoder without states is not opened",
+    ),
+    (
+        "a `select` that the converter typed as a scalar (`torch.where` with flexible shapes)",
+        "the same: the declared shape is not that of the arguments, broadcast",
+    ),
+    (
+        "token ids that became fp16 (an input without a type)",
+        "the same: a float input is used as indices (up to 2048 the results are right: "
+        "nothing else tells)",
+    ),
+    (
+        "a declared type that does not fit an operation and its arguments",
+        "the same, and the evaluator when it opens the function",
+    ),
+    (
+        "a declared shape that does not fit, of any operation",
+        "the evaluator, when it runs",
+    ),
+    (
+        "an index beyond the end; a negative one from iOS 17 on",
+        "the evaluator, when it runs",
+    ),
+    (
+        "a changed weight, down to one nibble",
+        "the outputs, and the integers, which `Package.stored` reads by name",
+    ),
+    (
+        "a damaged or truncated file",
+        "the reader",
+    ),
+)
+COREML_END = """
+The check of the program is `check_program(package, states)`: it returns every problem, and runs
+nothing. Opening an export does it.
+"""
+
+
+def coreml_ops() -> str:
+    """The operations of the Core ML evaluator by family."""
+    parts = ["# Core ML without a Mac\n", NOTE, COREML, "## What is checked\n"]
+    parts.append("| mistake | seen by |\n| --- | --- |")
+    parts += [f"| {mistake} | {seen} |" for mistake, seen in COREML_CHECKS]
+    parts += [COREML_END, f"## The {len(OPS)} operations\n"]
+    for family, table in FAMILIES.items():
+        parts.append(f"### {family}\n\n| operation | computes |\n| --- | --- |")
+        parts += [f"| `{name}` | {cell(table[name].about)} |" for name in sorted(table)]
+        parts.append("")
+    return "\n".join(parts).rstrip() + "\n"
+
+
 def main() -> None:
     check = "--check" in sys.argv[1:]
     stale = []
@@ -103,6 +181,7 @@ def main() -> None:
     for name, make in (
         ("cli.md", cli),
         ("extensions.md", extensions),
+        ("coreml-ops.md", coreml_ops),
         ("choosing.md", lambda: choosing.markdown(advice, NOTE)),
         ("choosing.html", lambda: choosing_html.html(advice)),
     ):

@@ -53,7 +53,11 @@ CASES: list[Case] = []
 
 
 def case(
-    name: str, build: Callable[..., Any], expected: Callable[..., Any], *inputs: Any, opset: int = 18
+    name: str,
+    build: Callable[..., Any],
+    expected: Callable[..., Any],
+    *inputs: Any,
+    opset: int = 18,
 ) -> None:
     CASES.append(Case(name, build, expected, list(inputs), opset))
 
@@ -69,7 +73,7 @@ def _pair(name: str, expected: Callable[[Any, Any], Any], x: Any, y: Any) -> Non
     case(name, lambda mb, t, x, y: getattr(mb, name)(x=x, y=y), expected, x, y)
 
 
-for _name, _function in {
+_UNARY: dict[str, Callable[[Any], Any]] = {
     "abs": torch.abs,
     "atan": torch.atan,
     "ceil": torch.ceil,
@@ -90,7 +94,8 @@ for _name, _function in {
     "square": torch.square,
     "tan": torch.tan,
     "tanh": torch.tanh,
-}.items():
+}
+for _name, _function in _UNARY.items():
     _unary(_name, _function, normal(3, 4, 5) * 2)
 _unary("round", torch.round, np.array([-1.5, -0.5, 0.5, 1.5, 2.5, 0.3, -2.7], np.float32))
 _unary("sqrt", torch.sqrt, positive(3, 4))
@@ -100,33 +105,36 @@ case(
     torch.logical_not,
     truth(3, 4),
 )
-for _name, _pair_function in {
+_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "add": torch.add,
     "sub": torch.sub,
     "mul": torch.mul,
     "maximum": torch.maximum,
     "minimum": torch.minimum,
-}.items():
+}
+for _name, _pair_function in _ARITHMETIC.items():
     _pair(_name, _pair_function, normal(2, 3, 4), normal(3, 1))
 _pair("real_div", torch.div, normal(2, 3, 4), positive(4))
 _pair("pow", torch.pow, positive(2, 3), normal(2, 3))
 _pair("floor_div", torch.floor_divide, whole(20, 3, 4, low=-20), whole(5, 4, low=1))
 _pair("mod", torch.remainder, whole(20, 3, 4, low=-20), whole(5, 4, low=1))
 case("add integers", lambda mb, t, x, y: mb.add(x=x, y=y), torch.add, whole(9, 3, 4), whole(9, 4))
-for _name, _pair_function in {
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "equal": torch.eq,
     "not_equal": torch.ne,
     "greater": torch.gt,
     "greater_equal": torch.ge,
     "less": torch.lt,
     "less_equal": torch.le,
-}.items():
+}
+for _name, _pair_function in _COMPARE.items():
     _pair(_name, _pair_function, whole(4, 3, 5), whole(4, 5))
-for _name, _pair_function in {
+_LOGIC: dict[str, Callable[[Any, Any], Any]] = {
     "logical_and": torch.logical_and,
     "logical_or": torch.logical_or,
     "logical_xor": torch.logical_xor,
-}.items():
+}
+for _name, _pair_function in _LOGIC.items():
     _pair(_name, _pair_function, truth(3, 5), truth(5))
 case(
     "select",
@@ -149,13 +157,22 @@ case(
     whole(3, 3, 4),
 )
 case(
-    "clip", lambda mb, t, x: mb.clip(x=x, alpha=t(-0.5), beta=t(1)), lambda x: x.clamp(-0.5, 1), normal(9)
+    "clip",
+    lambda mb, t, x: mb.clip(x=x, alpha=t(-0.5), beta=t(1)),
+    lambda x: x.clamp(-0.5, 1),
+    normal(9),
 )
 case(
-    "threshold", lambda mb, t, x: mb.threshold(x=x, alpha=t(0.5)), lambda x: x.clamp(min=0.5), normal(9)
+    "threshold",
+    lambda mb, t, x: mb.threshold(x=x, alpha=t(0.5)),
+    lambda x: x.clamp(min=0.5),
+    normal(9),
 )
 case(
-    "log", lambda mb, t, x: mb.log(x=x, epsilon=t(0.5)), lambda x: torch.log(x + 0.5), positive(3, 4)
+    "log",
+    lambda mb, t, x: mb.log(x=x, epsilon=t(0.5)),
+    lambda x: torch.log(x + 0.5),
+    positive(3, 4),
 )
 case(
     "rsqrt",
@@ -164,7 +181,10 @@ case(
     positive(3, 4),
 )
 case(
-    "inverse", lambda mb, t, x: mb.inverse(x=x, epsilon=t(0.5)), lambda x: 1 / (x + 0.5), positive(3, 4)
+    "inverse",
+    lambda mb, t, x: mb.inverse(x=x, epsilon=t(0.5)),
+    lambda x: 1 / (x + 0.5),
+    positive(3, 4),
 )
 case(
     "leaky_relu",
@@ -348,9 +368,7 @@ case(
 )
 case(
     "instance_norm",
-    lambda mb, t, x: mb.instance_norm(
-        x=x, gamma=_G.astype(t), beta=_H.astype(t), epsilon=t(0.125)
-    ),
+    lambda mb, t, x: mb.instance_norm(x=x, gamma=_G.astype(t), beta=_H.astype(t), epsilon=t(0.125)),
     lambda x: F.instance_norm(x, weight=torch.tensor(_G), bias=torch.tensor(_H), eps=0.125),
     normal(2, 4, 5, 3),
 )
@@ -451,7 +469,11 @@ case(
 )
 case("tile", lambda mb, t, x: mb.tile(x=x, reps=[2, 3]), lambda x: x.tile(2, 3), normal(2, 3))
 case("reverse", lambda mb, t, x: mb.reverse(x=x, axes=[1]), lambda x: x.flip(1), normal(2, 3))
-for _mode, _torch_mode in (("constant", "constant"), ("reflect", "reflect"), ("replicate", "replicate")):
+for _mode, _torch_mode in (
+    ("constant", "constant"),
+    ("reflect", "reflect"),
+    ("replicate", "replicate"),
+):
     case(
         f"pad {_mode}",
         lambda mb, t, x, mode=_mode: mb.pad(x=x, pad=[1, 2], mode=mode, constant_val=t(0.5)),
@@ -709,7 +731,9 @@ case(
     "constexpr_lut_to_dense of one table",
     lambda mb, t, types: mb.constexpr_lut_to_dense(
         indices=np.packbits(
-            np.unpackbits(_SIX_AT.astype(np.uint8).reshape(-1, 1), axis=1, bitorder="little")[:, :6],
+            np.unpackbits(_SIX_AT.astype(np.uint8).reshape(-1, 1), axis=1, bitorder="little")[
+                :, :6
+            ],
             bitorder="little",
         ),
         lut=_SIX.astype(t),

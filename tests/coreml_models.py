@@ -48,6 +48,44 @@ class TinyDecoder(nn.Module):
         return logits
 
 
+class TinyEncoder(nn.Module):
+    """Means of the rows of a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.tokens = nn.Embedding(V, D)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """ids, mask [1, S] -> [1, D]."""
+        keep = mask[..., None].float()
+        means: torch.Tensor = (self.tokens(ids) * keep).sum(1) / keep.sum(1)
+        return means
+
+
+def convert_encoder(path: Path, sizes: Sequence[int] | None = None) -> Path:
+    """The encoder for texts of some sizes, or (None) of 2 to 7 tokens."""
+    import coremltools as ct
+
+    example = tuple(torch.ones(1, 5, dtype=torch.int32) for _ in range(2))
+    with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+        trace: Any = torch.jit.trace
+        shapes = [(1, size) for size in sizes or ()]
+        shape = ct.EnumeratedShapes(shapes) if shapes else (1, ct.RangeDim(2, 7, default=5))
+        converted = ct.convert(
+            trace(TinyEncoder().eval(), example),
+            inputs=[
+                ct.TensorType(name, shape, dtype=np.int32)
+                for name in ("input_ids", "attention_mask")
+            ],
+            outputs=[ct.TensorType("sentence_embedding", dtype=np.float32)],
+            minimum_deployment_target=ct.target.iOS18,
+            skip_model_load=True,
+        )
+    converted.save(str(path))
+    return path
+
+
 def torch_logits(ids: Sequence[int]) -> Any:
     """Float32 [S, V] of a text, without a cache."""
     with torch.no_grad():
@@ -70,7 +108,8 @@ def convert(
 
     example = (torch.zeros(1, count, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
     with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
-        traced = torch.jit.trace(model.eval(), example, check_trace=False)
+        trace: Any = torch.jit.trace
+        traced = trace(model.eval(), example, check_trace=False)
         size = ct.RangeDim(1, SLOTS, default=count) if flexible else count
         kind = {} if ids_type is None else {"dtype": ids_type}
         state = [
@@ -113,15 +152,16 @@ def build(path: Path, function: Any, inputs: dict[str, Any], opset: int = 18, **
     inputs: name -> (shape, MIL type name). function: builder, inputs by name -> results.
     """
     import coremltools as ct
-    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil import Builder
     from coremltools.converters.mil.mil import Function, Program, types
 
     version = getattr(ct.target, f"iOS{opset}")
     ports = {
-        name: mb.placeholder(shape, getattr(types, kind)) for name, (shape, kind) in inputs.items()
+        name: Builder.placeholder(shape, getattr(types, kind))
+        for name, (shape, kind) in inputs.items()
     }
     with Function(ports, opset_version=version) as made:
-        made.set_outputs(function(mb, types, **made.inputs))
+        made.set_outputs(function(Builder, types, **made.inputs))
     program = Program()
     program.add_function("main", made)
     with contextlib.redirect_stderr(io.StringIO()):

@@ -108,8 +108,8 @@ def read_onnx(file: Path) -> dict[str, Triple]:
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for node in graph.node:  # a table that is the head too is read in the head's shape
         if node.op_type == "Reshape" and all(name in values for name in node.input):
-            shape = values[node.input[1]]
-            values[node.output[0]] = values[node.input[0]].reshape(shape)
+            dimensions = values[node.input[1]]
+            values[node.output[0]] = values[node.input[0]].reshape(dimensions)
     found: dict[str, Triple] = {}
     for node in graph.node:
         attributes = {a.name: a.i for a in node.attribute}

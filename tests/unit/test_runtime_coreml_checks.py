@@ -300,8 +300,7 @@ def test_a_state_that_is_written_with_what_was_in_it(damaged: Path) -> None:
         write = next(
             operation
             for operation in operations
-            if operation.type == "write_state"
-            and operation.inputs["input"] == read.inputs["input"]
+            if operation.type == "write_state" and operation.inputs["input"] == read.inputs["input"]
         )
         write.inputs["data"].arguments[0].name = read.outputs[0].name
 

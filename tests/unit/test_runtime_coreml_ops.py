@@ -40,14 +40,14 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], 
 
 def save(path: Path, opset: int, precision: str) -> None:
     import coremltools as ct
-    from coremltools.converters.mil import Builder as mb
+    from coremltools.converters.mil import Builder
     from coremltools.converters.mil.mil import Function, Program, types
 
     version = getattr(ct.target, f"iOS{opset}")
     kind, scalar = (types.fp16, np.float16) if precision == "float16" else (types.fp32, np.float32)
     cases = [case for case in CASES.values() if case.opset == opset]
     inputs = {
-        name: mb.placeholder(value.shape, kind if value.dtype.kind == "f" else types.int32)
+        name: Builder.placeholder(value.shape, kind if value.dtype.kind == "f" else types.int32)
         for name, value in feeds(opset).items()
     }
     with Function(inputs, opset_version=version) as function:
@@ -56,11 +56,11 @@ def save(path: Path, opset: int, precision: str) -> None:
             values = []
             for place, value in enumerate(case.inputs):
                 given = function.inputs[f"in_{number}_{place}"]
-                values.append(mb.cast(x=given, dtype="bool") if value.dtype == bool else given)
-            result = case.build(mb, scalar, *values, *([types] if weights(case) else []))
+                values.append(Builder.cast(x=given, dtype="bool") if value.dtype == bool else given)
+            result = case.build(Builder, scalar, *values, *([types] if weights(case) else []))
             if result.dtype not in (types.fp16, types.fp32, types.int32):
-                result = mb.cast(x=result, dtype="int32")
-            outputs.append(mb.identity(x=result, name=f"out_{number}"))
+                result = Builder.cast(x=result, dtype="int32")
+            outputs.append(Builder.identity(x=result, name=f"out_{number}"))
         function.set_outputs(outputs)
     program = Program()
     program.add_function("main", function)

@@ -11,9 +11,10 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from pocketglm.runtimes._coreml_file import Constant, Function, Operation, Package, TensorType
+from pocketglm.runtimes._coreml_file import Function, Operation, Package
 from pocketglm.runtimes._coreml_ops import OPS
 from pocketglm.runtimes._coreml_table import Op
+from pocketglm.runtimes._coreml_values import Constant, TensorType
 
 _INDEX_OPS = ("gather", "gather_nd", "gather_along_axis", "one_hot")
 # Arguments whose values become the result's, in operations that move values.
@@ -236,7 +237,7 @@ def _index_problems(function: Function) -> Iterator[str]:
     """Float inputs that become indices."""
     through = [name for name, op in OPS.items() if op.elementwise or op.moves or name == "cast"]
     through = [name for name in through if name not in _INDEX_OPS]
-    told = set()
+    told: set[str] = set()
     for operation in function.operations:
         if operation.type not in _INDEX_OPS:
             continue

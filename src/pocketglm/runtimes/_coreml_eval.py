@@ -17,16 +17,10 @@ import numpy.typing as npt
 
 from pocketglm.errors import CheckpointError, UnsupportedError, UsageError
 from pocketglm.runtimes._coreml_check import Values, operation_problems
-from pocketglm.runtimes._coreml_file import (
-    Constant,
-    Operation,
-    Package,
-    Port,
-    TensorType,
-    numpy_dtype,
-)
+from pocketglm.runtimes._coreml_file import Operation, Package, Port
 from pocketglm.runtimes._coreml_ops import OPS
 from pocketglm.runtimes._coreml_table import Op
+from pocketglm.runtimes._coreml_values import Constant, TensorType, numpy_dtype
 
 Array = npt.NDArray[Any]
 State = dict[str, Array]
@@ -135,6 +129,7 @@ class Evaluator:
         for operation in function.operations:
             for problem in operation_problems(function, operation, self._program):
                 raise CheckpointError(problem, "Core ML would refuse or misread this program")
+
     def _add(self, operation: Operation) -> None:
         if operation.value is not None:
             self._constants[operation.name] = self._constant(operation.value)
@@ -276,7 +271,9 @@ class Evaluator:
             )
         array = np.asarray(given[name])
         kind = _kind(port.type)
-        fits = array.dtype.kind in ("biu" if kind.kind in "iu" else "f" if kind.kind == "f" else "b")
+        fits = array.dtype.kind in (
+            "biu" if kind.kind in "iu" else "f" if kind.kind == "f" else "b"
+        )
         if not fits or not port.takes(array.shape):
             raise UsageError(
                 f"{name} is {array.dtype}{list(array.shape)}, {self.function.name} takes "
@@ -303,10 +300,14 @@ def _floats(values: Array) -> Array:
 
 
 def _identity(operation: Operation, constants: Mapping[str, Constant]) -> Any:
-    """Equal for two constexpr operations that read the same bytes."""
+    """Equal for two constexpr operations that read the same bytes; None: one reads a result of
+    another.
+    """
     parts: list[Any] = [operation.type, str(operation.outputs[0][1])]
     for key, values in operation.inputs.items():
-        value = constants[values[0]] if isinstance(values[0], str) else values[0]
+        value = constants.get(values[0]) if isinstance(values[0], str) else values[0]
+        if value is None:
+            return None
         parts.append((key, value.key or value.message.SerializeToString(deterministic=True)))
     return tuple(parts)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
-from pocketglm.runtimes._coreml_file import numpy_dtype
 from pocketglm.runtimes._coreml_table import Table, definer
+from pocketglm.runtimes._coreml_values import numpy_dtype
 
 Array = npt.NDArray[Any]
+# Its declared types take one axis only.
+_windows: Callable[..., Array] = cast(Any, sliding_window_view)
 TABLE: Table = {}
 define = definer(TABLE)
 
@@ -20,7 +23,7 @@ define = definer(TABLE)
 @define(same=("x", "weight", "bias"))
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """x times the transposed weight [out, in], plus bias."""
-    result = np.matmul(x, weight.T)
+    result: Array = np.matmul(x, weight.T)
     if bias is not None:
         result += bias
     return result
@@ -88,9 +91,10 @@ def conv(
     step = [1] * n if dilations is None else [int(d) for d in dilations]
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, step, strict=True)]
     x = np.pad(x, [(0, 0), (0, 0), *_padding(pad_type, pad, x.shape[2:], reach, stride)])
-    windows = sliding_window_view(x, reach, axis=tuple(range(2, 2 + n)))
+    windows = _windows(x, reach, axis=tuple(range(2, 2 + n)))
     windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in stride))]
-    windows = windows[(..., *(slice(None, None, d) for d in step))]
+    every: tuple[Any, ...] = (..., *(slice(None, None, d) for d in step))
+    windows = windows[every]
     size = windows.shape[2 : 2 + n]
     columns = np.moveaxis(windows, range(2, 2 + n), range(-n, 0))
     columns = columns.reshape(x.shape[0], groups, -1, math.prod(size))

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pocketglm.runtimes._coreml_file import numpy_dtype
 from pocketglm.runtimes._coreml_table import Op, Table, definer
+from pocketglm.runtimes._coreml_values import numpy_dtype
 
 Array = npt.NDArray[Any]
 TABLE: Table = {}
@@ -202,12 +202,12 @@ def erf(x: Array) -> Array:
 def gelu(x: Array, mode: str = "EXACT") -> Array:
     """Gaussian error linear unit: EXACT, TANH_APPROXIMATION or SIGMOID_APPROXIMATION."""
     if mode == "EXACT":
-        return x * (1 + erf(x * np.float32(math.sqrt(0.5)))) / 2
+        return np.asarray(x * (1 + erf(x * np.float32(math.sqrt(0.5)))) / 2)
     if mode == "TANH_APPROXIMATION":
         inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
-        return x * (1 + np.tanh(inner)) / 2
+        return np.asarray(x * (1 + np.tanh(inner)) / 2)
     if mode == "SIGMOID_APPROXIMATION":
-        return x / (1 + np.exp(np.float32(-1.702) * x))
+        return np.asarray(x / (1 + np.exp(np.float32(-1.702) * x)))
     raise ValueError(f"gelu of mode {mode}")
 
 
@@ -217,7 +217,7 @@ def reduce_log_sum_exp(x: Array, axes: Array | None = None, keep_dims: Any = Fal
     over = tuple(range(x.ndim)) if axes is None else tuple(int(axis) for axis in axes)
     top = np.max(x, axis=over, keepdims=True)
     total = np.log(np.sum(np.exp(x - top), axis=over, keepdims=True)) + top
-    return total if keep_dims else np.squeeze(total, over)
+    return np.asarray(total if keep_dims else np.squeeze(total, over))
 
 
 @define("=output_dtype")

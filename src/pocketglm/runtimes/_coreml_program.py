@@ -59,7 +59,10 @@ def open_function(package: Package, name: str, *, half: bool) -> OpenFunction:
 
 
 class CoreMLFunction:
-    """A function in Core ML, on the compute units that it chooses itself."""
+    """A function in Core ML, on the compute units that it chooses itself.
+
+    That a state which one function made may be given to another of the package is assumed.
+    """
 
     def __init__(self, package: Package, name: str) -> None:
         function = package.function(name)

@@ -51,7 +51,7 @@ def _blocks(shape: tuple[int, ...], counts: tuple[int, ...]) -> tuple[list[int],
 def constexpr_lut_to_dense(
     indices: Array, lut: Array, vector_axis: Any = None, shape: Array | None = None
 ) -> Array:
-    """Values from look-up tables, one table a block; vectors of 1 (iOS 18), or one table (iOS 16)."""
+    """Values from look-up tables, one a block (iOS 18, no vectors) or one for all (iOS 16)."""
     if shape is not None:
         bits = lut.size.bit_length() - 1
         sizes = [int(size) for size in shape]
