@@ -23,6 +23,27 @@ from pocketglm.errors import as_lines
 from pocketglm.stages._memory import parse_size
 from pocketglm.stages.export import export
 
+DeploymentTarget = Annotated[
+    Literal["iOS15", "iOS16", "iOS17", "iOS18"] | None,
+    typer.Option(
+        help="Core ML: the oldest system that opens it. Default: the oldest that has what the "
+        "model needs."
+    ),
+]
+Units = Annotated[
+    ComputeUnits | None,
+    typer.Option(
+        help="Core ML: what it is laid out for: cpuAndNeuralEngine (fixed shapes, 1x1 "
+        "convolutions), or cpuAndGPU, cpuOnly (flexible shapes). Default: by kind of model."
+    ),
+]
+Precision = Annotated[
+    Literal["float16", "float32"] | None,
+    typer.Option(
+        help="Core ML: the type of its values. Default: float16, but float32 for top-k attention."
+    ),
+]
+
 
 def main(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
@@ -57,24 +78,9 @@ def main(
             "--spinning", help="Decoder: threads of its app wait busily (own cores only)."
         ),
     ] = False,
-    deployment_target: Annotated[
-        Literal["iOS15", "iOS16", "iOS17", "iOS18"] | None,
-        typer.Option(
-            help="Core ML: the oldest system that opens it. Default: the oldest that has what the "
-            "model needs."
-        ),
-    ] = None,
-    compute_units: Annotated[
-        ComputeUnits | None,
-        typer.Option(
-            help="Core ML: what it is laid out for: cpuAndNeuralEngine (fixed shapes, 1x1 "
-            "convolutions) or cpuAndGPU, cpuOnly (flexible shapes). Default: by kind of model."
-        ),
-    ] = None,
-    compute_precision: Annotated[
-        Literal["float16", "float32"] | None,
-        typer.Option(help="Core ML: the type of its values. Default: float16."),
-    ] = None,
+    deployment_target: DeploymentTarget = None,
+    compute_units: Units = None,
+    compute_precision: Precision = None,
     max_memory: MaxMemory = None,
     force: Force = False,
     json: Json = False,

@@ -106,8 +106,7 @@ def _tables(package: Package) -> Iterator[tuple[str, Floats]]:
 
 def _rows(stored: dict[str, Any]) -> Iterator[tuple[str, Floats]]:
     """A table from what is stored of it: values, or integers, scales and offsets [N, G]."""
-    data = stored.get("val", stored.get("data"))
-    assert data is not None, sorted(stored)
+    data = stored["val"] if "val" in stored else stored["data"]
     data = data.reshape(len(data), -1)
     for start in range(0, len(data), _ROWS):
         stop = min(start + _ROWS, len(data))
@@ -142,8 +141,7 @@ def _plain(function: Function) -> Function:
     kept = []
     for operation in function.operations:
         if operation.type in ("quantize", "dequantize"):
-            (source,) = operation.inputs["input"]
-            assert isinstance(source, str), operation.name
+            source = str(operation.inputs["input"][0])
             instead[operation.name] = instead.get(source, source)
             continue
         inputs = {
