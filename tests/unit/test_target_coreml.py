@@ -20,6 +20,7 @@ from pocketglm import registry
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.export import ExportManifest, read_export
 from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.cli._main import main
 from pocketglm.contracts import (
     ComputeUnits,
     ExportOptions,
@@ -366,3 +367,20 @@ def test_what_is_said_while_exporting(tmp_path: Path) -> None:
     assert advice["layout"]["name"] == "channels"
     assert {"A12", "A19"} <= advice["chips"].keys()
     assert advice["expected_on_the_cpu"]["operators"]["gather"] == 2
+
+
+def test_options_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(save_tiny(tmp_path / "ckpt"))
+    command = ["export", folder, "--target", "coreml", "--out", str(tmp_path / "out"), "--json"]
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--deployment-target", "iOS14"])
+    assert stop.value.code == 2
+    assert "'iOS14' is not one of" in capsys.readouterr().err
+    chosen = ["--deployment-target", "iOS17", "--compute-units", "cpuOnly"]
+    with pytest.raises(SystemExit) as stop:
+        main([*command, *chosen, "--compute-precision", "float32"])
+    assert not stop.value.code
+    assert json.loads(capsys.readouterr().out)["targets"][0]["precision"] == "fp32"
+    assert read_export(tmp_path / "out/coreml").minimum["iOS"] == "17"
+    advice = json.loads((tmp_path / "out/coreml/compute.json").read_text())
+    assert advice["chips"]["A12"]["compute_units"] == "cpuOnly"

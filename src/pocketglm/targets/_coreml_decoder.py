@@ -29,6 +29,7 @@ from pocketglm.targets._litert_weights import Weights
 
 PREFILL, DECODE = "prefill", "decode"
 _PROMPT = 64  # tokens that a call of `prefill` takes
+_ALIGNED = 32  # fp16 values in 64 bytes, to which the Neural Engine pads the last axis
 
 
 def prompt_of(context: int) -> int:
@@ -38,7 +39,7 @@ def prompt_of(context: int) -> int:
 
 def slots_of(context: int) -> int:
     """Slots of the cache: the last call's padding fits behind the longest text."""
-    return context + prompt_of(context) - 1
+    return -(-(context + prompt_of(context) - 1) // _ALIGNED) * _ALIGNED
 
 
 class DecoderGraph:
