@@ -252,8 +252,8 @@ class Tolerance:
     """By how much a file's values of size 1 may differ from the checkpoint's; larger ones in
     proportion.
 
-    part: one part of it, computed in float32. whole: as its runtime computes it, activations not
-    quantized.
+    part: one part of it, and the whole without its runtime's optimizations, both in float32. whole:
+    as its runtime computes it, activations not quantized.
     """
 
     part: float = 1e-4

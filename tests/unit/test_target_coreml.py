@@ -29,6 +29,7 @@ from pocketglm.contracts import (
     RunOptions,
     Silent,
     Target,
+    Tolerance,
 )
 from pocketglm.errors import ParityError
 from pocketglm.model.hf import load_encoder
@@ -36,6 +37,7 @@ from pocketglm.ops.stored import read_quantized
 from pocketglm.runtimes import open_encoder
 from pocketglm.runtimes._coreml_eval import Evaluator, Precision
 from pocketglm.runtimes._coreml_file import read_package
+from pocketglm.stages._parity import check_parity
 from pocketglm.stages.export import export
 from pocketglm.targets import _coreml_check as gate
 from pocketglm.targets._coreml_form import Form
@@ -337,6 +339,16 @@ def test_a_wrong_connection_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     entry = export(save_tiny(tmp_path / "ckpt"), ["coreml"], tmp_path / "out").targets[0]
     assert (entry.ok, entry.exit_code) == (False, 1)
     assert "'block.1' of the written file differs from the checkpoint" in (entry.error or "")
+
+
+def test_fp16_that_is_too_coarse(tmp_path: Path) -> None:
+    """The hint names the way out."""
+    folder = save_tiny(tmp_path / "ckpt")
+    out, manifest = exported(folder, tmp_path / "out")
+    strict = replace(TARGET, tolerance=Tolerance(part=1e-3, whole=1e-5))
+    with pytest.raises(ParityError, match="the limit for fp16, activations none is") as error:
+        check_parity(Checkpoint.open(folder), out, manifest, strict, Silent())
+    assert "--compute-precision float32" in error.value.hint
 
 
 def test_float_ids_are_found(tmp_path: Path) -> None:

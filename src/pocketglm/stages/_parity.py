@@ -250,7 +250,9 @@ def judge(
         kind = "dynamic_block"  # as there, a value near the middle between two integers may move
     share, needed = LIMITS[kind]
     std = float(wanted.std())
-    exact = tolerance.whole * max(1.0, float(np.abs(wanted).max()))
+    # fp16 is as coarse as its values are large.
+    size = max(1.0, float(np.abs(wanted).max()) if manifest.floats == "fp16" else std)
+    exact = tolerance.whole * size
     optimizer_limit = OPTIMIZER_LIMITS[kind] * std or exact
     agreement = _agreement(wanted, shipped, std, classes=classes)
     parity = Parity(
@@ -282,6 +284,12 @@ def judge(
             parity.optimizer_max_abs,
             optimizer_limit,
             "a graph optimization of this runtime version is wrong here: try another version",
+        ),
+        (
+            "the file without its runtime's optimizations differs from the checkpoint",
+            worst(wanted, plain) if plain is not None and share == 0 else 0.0,
+            tolerance.part * size,
+            "this is a defect of the export: please report it with this checkpoint's config",
         ),
     ):
         if not difference <= limit:

@@ -16,7 +16,6 @@ from pocketglm.model.hf import (
     decoder_config,
     decoder_spec_of,
     is_decoder,
-    is_embedding,
     max_length_of,
     role_of,
     spec_of,
