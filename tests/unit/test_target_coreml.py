@@ -179,6 +179,8 @@ def test_quantized_forms(form: str, tmp_path: Path) -> None:
         if form != "static":
             assert worst(folder, out, half=True) < 5e-3
             assert worst(folder, out, half=False) < 1e-3
+        weights = out / manifest.model_file / "Data/com.apple.CoreML/weights/weight.bin"
+        assert 0.88 < sum(manifest.parameters.values()) / weights.stat().st_size < 1
         found = read_weights(out / manifest.model_file)
         for name in ckpt.manifest.schemes:
             part = read_quantized(ckpt, name)

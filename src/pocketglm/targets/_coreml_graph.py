@@ -166,7 +166,8 @@ class Graph:
             var = self.b.const(val=values, name=name)
             var.op.weight_id = name
             self._made[label] = var
-            bits = 4 if values.dtype == self.mil.int4 else 8 * values.itemsize
+            # int4 is int8 with a note, which == does not see.
+            bits = 4 if values.dtype.metadata else 8 * values.itemsize
             self.sizes[label] = values.size * bits // 8
         return self._made[label]
 
