@@ -344,12 +344,14 @@ Session = EncoderSession | DecoderSession
 class Runtime:
     """Opens a folder. A package that is not in the core is imported by `errors.require`.
 
-    delegate: what `RunOptions.optimize` switches on and off; empty: nothing.
+    delegate: what `RunOptions.optimize` switches on and off; empty: nothing. emulated: on this
+    machine a reference evaluator computes what the runtime would, so speed and memory say nothing.
     """
 
     summary: str
     open: Callable[[Path, RunOptions], Session]
     delegate: str = ""
+    emulated: bool = False
 
 
 # --- tasks -------------------------------------------------------------------------------------
