@@ -7,7 +7,6 @@ docstring, read without importing it, so `pocketglm --help` loads neither torch 
 from __future__ import annotations
 
 import ast
-import errno
 import json
 import os
 import sys
@@ -19,13 +18,11 @@ import typer
 from pocketglm import __version__, registry
 from pocketglm.artifacts import digests
 from pocketglm.errors import (
-    DiskFullError,
     FinishedElsewhereError,
-    MemoryCeilingError,
     PocketError,
     UsageError,
-    WorkError,
     as_lines,
+    explained,
 )
 
 _HERE = Path(__file__).parent
@@ -118,19 +115,10 @@ def _run(args: list[str]) -> int | None:
 
 
 def _explain(error: Exception, verb: str) -> PocketError:
-    """Any error as one of ours: a crash must not look like a failed gate (exit code 1)."""
-    if isinstance(error, PocketError):
-        return error
+    """Any error as one of ours."""
     if isinstance(error, typer.TyperException):
         return UsageError(_with_value(error), f"pocketglm {verb} --help")
-    if isinstance(error, MemoryError):
-        return MemoryCeilingError(f"out of memory: {error}", "use a smaller batch or model")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(f"no space left on the disk: {error}", "free some space, run it again")
-    return WorkError(
-        f"{type(error).__name__}: {error}",
-        "this is a defect or a broken file: run it again with --debug and report what it prints",
-    )
+    return explained(error)
 
 
 def _with_value(error: typer.TyperException) -> str:

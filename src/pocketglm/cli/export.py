@@ -11,7 +11,6 @@ import typer
 from pocketglm.cli._common import (
     Force,
     Json,
-    MaxMemory,
     Out,
     Progressive,
     emit,
@@ -21,7 +20,7 @@ from pocketglm.cli._common import (
 from pocketglm.contracts import ExportOptions
 from pocketglm.errors import as_lines
 from pocketglm.stages._memory import parse_size
-from pocketglm.stages.export import export
+from pocketglm.stages.export_each import export_each
 
 
 def main(
@@ -57,11 +56,19 @@ def main(
             "--spinning", help="Decoder: threads of its app wait busily (own cores only)."
         ),
     ] = False,
-    max_memory: MaxMemory = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that each target's process may use, e.g. 800MB: kept, or refused up front."
+        ),
+    ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Write OUT/TARGET/ for every target; each that works is kept."""
+    """Write OUT/TARGET/ for every target, each in a process of its own; each that works is kept.
+
+    What a target printed that crashed or was stopped is in OUT/TARGET.log.
+    """
     targets = [name.strip() for name in target.split(",") if name.strip()]
     options = ExportOptions(
         opset=opset,
@@ -72,7 +79,9 @@ def main(
         max_memory=parse_size(max_memory),
     )
     with Progressive() as reporter:
-        result = export(checkpoint, targets, out, options=options, force=force, reporter=reporter)
+        result = export_each(
+            checkpoint, targets, out, options=options, force=force, reporter=reporter
+        )
     for entry in result.targets:
         if entry.error:
             sys.stderr.write(as_lines(f"{entry.target}: {entry.error}", entry.hint))
@@ -88,10 +97,11 @@ def main(
                     entry.precision,
                     megabytes(entry.bytes) if entry.ok else "",
                     f"{parity.output_max_abs:.2g} (limit {parity.tolerance:.2g})" if parity else "",
+                    megabytes(entry.peak_memory) if entry.peak_memory else "",
                     entry.out or "",
                 ]
             )
-        table("", ["target", "", "precision", "size", "worst difference", "folder"], rows)
+        table("", ["target", "", "precision", "size", "worst difference", "peak memory", "folder"], rows)
 
     emit(result, json, words)
     code = max((entry.exit_code for entry in result.targets), default=0)

@@ -1,0 +1,98 @@
+"""`pocketglm export`: every target in a process of its own, so that a converter which crashes or
+takes too much memory ends alone. Importing this loads no torch: the processes do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from pocketglm import registry
+from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.artifacts.output import drop_unfinished
+from pocketglm.artifacts.schemas import ExportResult, TargetResult
+from pocketglm.contracts import ExportOptions, Reporter, Silent
+from pocketglm.errors import InputError, UsageError
+from pocketglm.stages._isolated import Outcome, run
+
+_DEFAULTS = ExportOptions()
+_SILENT = Silent()
+
+
+def export_each(
+    path: Path,
+    targets: Sequence[str],
+    out: Path,
+    *,
+    options: ExportOptions = _DEFAULTS,
+    force: bool = False,
+    reporter: Reporter = _SILENT,
+) -> ExportResult:
+    """As `stages.export.export`, but for the processes: `options.max_memory` is the limit of each.
+
+    A target that crashed or was stopped (exit code 4) leaves what it printed in OUT/<target>.log.
+
+    Raises:
+        UsageError, CheckpointError: as `export`.
+    """
+    if not targets:
+        raise UsageError("no target named", f"known: {', '.join(registry.names('targets'))}")
+    names = list(dict.fromkeys(targets))
+    for name in names:
+        registry.check("targets", name)
+    digest = Checkpoint.open(path).digest()
+    results = []
+    for index, name in enumerate(names):
+        reporter.progress("export", index, len(names), name)
+        results.append(_one(path, digest, name, out, options, force, reporter))
+    reporter.progress("export", len(names), len(names))
+    return ExportResult(out=str(out), targets=results)
+
+
+def _one(
+    path: Path,
+    digest: str,
+    name: str,
+    out: Path,
+    options: ExportOptions,
+    force: bool,
+    reporter: Reporter,
+) -> TargetResult:
+    try:
+        outcome = run(
+            "pocketglm.stages.export:export_target",
+            [path, digest, name, out, options, force],
+            what=f"target {name} on {path}",
+            reporter=reporter,
+            max_memory=options.max_memory,
+        )
+    except BaseException:
+        drop_unfinished(out / name)
+        raise
+    log = out / f"{name}.log"
+    if outcome.error is None:
+        result: TargetResult = outcome.value
+        if result.ok:
+            log.unlink(missing_ok=True)  # of an earlier run
+        return result.model_copy(
+            update={"peak_memory": None if result.already_done else outcome.peak}
+        )
+    if isinstance(outcome.error, InputError):  # said before any work, of the whole command
+        raise outcome.error
+    drop_unfinished(out / name)
+    return _crashed(name, outcome, log)
+
+
+def _crashed(name: str, outcome: Outcome, log: Path) -> TargetResult:
+    """With its log, where that can be written."""
+    assert outcome.error is not None
+    hint = outcome.error.hint or "please report it, it is a defect here or in the converter"
+    kept = None
+    with suppress(OSError):  # such as a full disk
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(outcome.output, encoding="utf-8")
+        kept = str(log)
+        hint = f"{hint}; what it printed is in {log}"
+    result = TargetResult.failed(name, outcome.error)
+    return result.model_copy(update={"hint": hint, "peak_memory": outcome.peak, "log": kept})
