@@ -26,9 +26,10 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 class PocketError(Exception):
@@ -134,6 +135,27 @@ def explained(error: Exception) -> PocketError:
         f"{type(error).__name__}: {error}",
         "this is a defect or a broken file: run it again with --debug and report what it prints",
     )
+
+
+def to_json(error: PocketError) -> dict[str, Any]:
+    """An error as `--json` prints it."""
+    return {
+        "type": type(error).__name__,
+        "message": error.message,
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+    }
+
+
+def from_json(value: Mapping[str, Any]) -> PocketError:
+    """The error that `to_json` told, of the same class; its message and hint alone."""
+    kinds: list[type[PocketError]] = [PocketError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    kind = {kind.__name__: kind for kind in kinds}[value["type"]]
+    error = kind.__new__(kind)
+    PocketError.__init__(error, value["message"], value["hint"])
+    return error
 
 
 def as_lines(message: str, hint: str) -> str:

@@ -23,6 +23,7 @@ from pocketglm.errors import (
     UsageError,
     as_lines,
     explained,
+    to_json,
 )
 
 _HERE = Path(__file__).parent
@@ -133,13 +134,7 @@ def _with_value(error: typer.TyperException) -> str:
 
 def _fail(error: PocketError, as_json: bool) -> NoReturn:
     if as_json:
-        value = {
-            "type": type(error).__name__,
-            "message": error.message,
-            "hint": error.hint,
-            "exit_code": error.exit_code,
-        }
-        print(json.dumps({"error": value}, ensure_ascii=False))
+        print(json.dumps({"error": to_json(error)}, ensure_ascii=False))
     sys.stderr.write(as_lines(error.message, error.hint))
     sys.stderr.flush()
     sys.exit(error.exit_code)

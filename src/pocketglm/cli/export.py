@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from pocketglm.artifacts.schemas import ExportResult
 from pocketglm.cli._common import (
     Force,
     Json,
@@ -86,27 +87,30 @@ def main(
         if entry.error:
             sys.stderr.write(as_lines(f"{entry.target}: {entry.error}", entry.hint))
 
-    def words() -> None:
-        rows = []
-        for entry in result.targets:
-            parity = entry.parity
-            rows.append(
-                [
-                    entry.target,
-                    "already done" if entry.already_done else "ok" if entry.ok else "failed",
-                    entry.precision,
-                    megabytes(entry.bytes) if entry.ok else "",
-                    f"{parity.output_max_abs:.2g} (limit {parity.tolerance:.2g})" if parity else "",
-                    megabytes(entry.peak_memory) if entry.peak_memory else "",
-                    entry.out or "",
-                ]
-            )
-        table("", ["target", "", "precision", "size", "worst difference", "peak memory", "folder"], rows)
-
-    emit(result, json, words)
+    emit(result, json, lambda: _show(result))
     code = max((entry.exit_code for entry in result.targets), default=0)
     if code:
         raise typer.Exit(code)
+
+
+def _show(result: ExportResult) -> None:
+    """One row per target."""
+    rows = []
+    for entry in result.targets:
+        parity = entry.parity
+        rows.append(
+            [
+                entry.target,
+                "already done" if entry.already_done else "ok" if entry.ok else "failed",
+                entry.precision,
+                megabytes(entry.bytes) if entry.ok else "",
+                f"{parity.output_max_abs:.2g} (limit {parity.tolerance:.2g})" if parity else "",
+                megabytes(entry.peak_memory) if entry.peak_memory else "",
+                entry.out or "",
+            ]
+        )
+    columns = ["target", "", "precision", "size", "worst difference", "peak memory", "folder"]
+    table("", columns, rows)
 
 
 SPEC = main

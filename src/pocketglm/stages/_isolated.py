@@ -9,8 +9,8 @@ process ends with its parent. Importing this loads no torch.
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
-import pickle
 import pkgutil
 import signal
 import subprocess
@@ -22,16 +22,23 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import psutil
 
 from pocketglm.contracts import Reporter
-from pocketglm.errors import CrashError, MemoryCeilingError, PocketError, explained
+from pocketglm.errors import (
+    CrashError,
+    MemoryCeilingError,
+    PocketError,
+    explained,
+    from_json,
+    to_json,
+)
 from pocketglm.stages._memory import megabytes, peak_rss
 
 _EVERY = 0.05  # seconds between two looks at the memory
-_GRACE = 10.0  # seconds for the process to end after its answer
+_GRACE = 10.0  # seconds for the process to end after its last word
 _KEPT = 1 << 20  # bytes of its output, the last ones
 
 
@@ -77,10 +84,12 @@ def run(
     reporter: Reporter,
     max_memory: int | None = None,
 ) -> Outcome:
-    """Call `function` ("module:name") with `arguments` and a last one, its reporter.
+    """Call `function` ("module:name") with `arguments`, JSON values, and a last one, its reporter.
 
-    what: the work, for messages. max_memory: bytes; a process that has more is ended. An exception
-    is an error of the Outcome, too: one of ours as it is, any other as CrashError.
+    It gives a JSON value, too.
+
+    what: the work, for messages. max_memory: bytes; a process that has more is ended, see `_Watch`.
+    An exception is an error of the Outcome, too: one of ours as it is, any other as CrashError.
     """
     command = [sys.executable, "-P", "-m", "pocketglm.stages._isolated", function]
     paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -95,51 +104,58 @@ def run(
             start_new_session=True,  # Ctrl-C is for the parent, who ends it
         )
         try:
-            with _Watch(process, max_memory) as watch:
-                answer = _listen(process, [*arguments], trail)
-                if answer is not None:
-                    with suppress(subprocess.TimeoutExpired):
-                        process.wait(_GRACE)
+            with _Watch(process, max_memory, trail) as watch:
+                answer = _listen(process, arguments, trail)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_GRACE)
         finally:
             _end(process)
         output.seek(max(output.seek(0, os.SEEK_END) - _KEPT, 0))
         text = output.read().decode("utf-8", "replace")
     if answer is None:
         return Outcome(None, _cause(process.returncode, what, trail, watch), watch.peak, text)
-    value, error, peak = answer
+    value, error, peak = answer["value"], None, int(answer["peak"])
+    if answer["error"] is not None:
+        error = from_json(answer["error"])
     if isinstance(error, CrashError) and trail.last and trail.at not in error.message:
         error = CrashError(f"{error.message}{trail.at}", error.hint)
     return Outcome(value, error, max(peak, watch.peak), text)
 
 
 def _listen(
-    process: subprocess.Popen[bytes], arguments: list[Any], reporter: Reporter
-) -> tuple[Any, PocketError | None, int] | None:
-    """Value, error and peak memory; None: the process ended without an answer."""
-    assert process.stdin is not None
-    assert process.stdout is not None
+    process: subprocess.Popen[bytes], arguments: Sequence[Any], reporter: Reporter
+) -> dict[str, Any] | None:
+    """`value`, `error` and `peak`; None: the process ended without an answer."""
+    asks, answers = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
     with suppress(BrokenPipeError):
-        pickle.dump(arguments, process.stdin)
-        process.stdin.flush()
-    while True:
-        try:
-            kind, *told = pickle.load(process.stdout)
-        except (EOFError, pickle.UnpicklingError):  # it ended, perhaps within a message
-            return None
-        if kind == "say":
-            reporter.say(*told)
-        elif kind == "progress":
-            reporter.progress(*told)
+        asks.write(_line(arguments))
+        asks.flush()
+    for line in answers:
+        if not line.endswith(b"\n"):  # it ended within a message
+            break
+        told: dict[str, Any] = json.loads(line)
+        if "say" in told:
+            reporter.say(told["say"])
+        elif "progress" in told:
+            reporter.progress(*told["progress"])
         else:
-            value, error, peak = told
-            return value, error, peak
+            return told
+    return None
+
+
+def _line(value: Any) -> bytes:
+    return (json.dumps(value) + "\n").encode()
 
 
 class _Watch:
-    """Looks at a process's memory while the block runs, and ends it above the limit."""
+    """Looks at a process's memory while the block runs, and ends it above the limit.
 
-    def __init__(self, process: subprocess.Popen[bytes], limit: int | None) -> None:
-        self.process, self.limit = process, limit
+    That holds from its first report on: the function itself may refuse before, and then says what
+    it needs.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], limit: int | None, trail: Trail) -> None:
+        self.process, self.limit, self.trail = process, limit, trail
         self.peak = 0
         self.exceeded = False
         self._stop = threading.Event()
@@ -166,7 +182,8 @@ class _Watch:
                 self.peak = max(self.peak, peak_rss(pid))
             except (psutil.Error, OSError):  # it is gone
                 return
-            self.exceeded = self.limit is not None and self.peak > self.limit
+            limited = self.limit is not None and bool(self.trail.last)
+            self.exceeded = limited and self.peak > (self.limit or 0)
             if dead or self.exceeded:  # dead: what it started must not keep its pipe open
                 _kill(self.process)
                 return
@@ -203,9 +220,8 @@ def _cause(code: int, what: str, trail: Trail, watch: _Watch) -> PocketError:
     if code >= 0:
         number = hex(code) if code > 255 else str(code)
         return CrashError(f"{what} ended its process with exit code {number}{trail.at}", "")
-    number = signal.Signals(-code)
-    means = f"{number.name}, {signal.strsignal(number)}"
-    if number == signal.SIGKILL:
+    means = f"{signal.Signals(-code).name}, {signal.strsignal(-code)}"
+    if -code == signal.SIGKILL:
         return CrashError(
             f"{what} was killed ({means}) with {peak} in memory{trail.at}",
             "the system kills when memory runs out: end other programs, or give it a smaller model",
@@ -223,19 +239,19 @@ class _Told:
         self._answers = answers
         self._lock = threading.Lock()
 
-    def send(self, *message: Any) -> None:
-        frame = pickle.dumps(message)
+    def send(self, **message: Any) -> None:
+        line = _line(message)
         with self._lock:
-            self._answers.write(frame)
+            self._answers.write(line)
             self._answers.flush()
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
-        self.send("say", text)
+        self.send(say=text)
 
     def progress(self, label: str, done: int, total: int, note: str = "") -> None:
         print(f"{label} {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
-        self.send("progress", label, done, total, note)
+        self.send(progress=[label, done, total, note])
 
 
 def main(function: str) -> None:
@@ -245,9 +261,10 @@ def main(function: str) -> None:
     os.dup2(2, 1)
     faulthandler.enable()
     told = _Told(answers)
-    value, error = None, None
+    value: Any = None
+    error: PocketError | None = None
     try:
-        arguments = pickle.load(sys.stdin.buffer)
+        arguments = json.loads(sys.stdin.buffer.readline())
         threading.Thread(target=_end_with_parent, daemon=True).start()
         value = pkgutil.resolve_name(function)(*arguments, told)
     except PocketError as known:
@@ -259,12 +276,14 @@ def main(function: str) -> None:
         if isinstance(error, CrashError):
             error.hint = ""  # not --debug: the output has the traceback
     sys.stderr.flush()
-    told.send("done", value, error, peak_rss())
+    told.send(value=value, error=error and to_json(error), peak=peak_rss())
 
 
 def _end_with_parent() -> None:
-    """stdin stays open as long as the parent lives."""
+    """stdin stays open as long as the parent lives. What this process started ends, too."""
     os.read(0, 1)
+    if sys.platform != "win32" and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 

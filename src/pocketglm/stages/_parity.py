@@ -186,7 +186,7 @@ def _compare_blocks(
     ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)
     found = target.blocks(file, batch.ids, batch.mask)
     attend, keep = mask.bool()[:, None, None, :], mask.bool().numpy()
-    differences = {}
+    differences: dict[str, float] = {}
     x = torch.empty(0)
     for name, value in found:
         reporter.progress("checking parity", len(differences), model.spec.num_layers + 2, name)

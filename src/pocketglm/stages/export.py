@@ -89,28 +89,32 @@ def export(
 
 
 def export_target(
-    path: Path,
+    path: str,
     digest: str,
     name: str,
-    out: Path,
-    options: ExportOptions,
+    out: str,
+    options: dict[str, Any],
     force: bool,
     reporter: Reporter,
-) -> TargetResult:
-    """One target of `export` into OUT/<target>/, for `export_each`; digest: the checkpoint's.
+) -> dict[str, Any]:
+    """One target of `export` from and to JSON values, for the process that `export_each` starts.
+
+    digest: the checkpoint's. options: of ExportOptions.
 
     Raises:
         UsageError, CheckpointError: as `export`.
         CrashError: the converter or a runtime crashed.
     """
-    ckpt = _open(path, options)
+    chosen = ExportOptions(**options)
+    ckpt = _open(Path(path), chosen)
     target: Target = registry.load("targets", name)
     try:
-        return _export(ckpt, digest, name, target, out / name, options, force, reporter)
+        result = _export(ckpt, digest, name, target, Path(out) / name, chosen, force, reporter)
     except CrashError:
         raise
     except PocketError as error:
-        return TargetResult.failed(name, error)
+        result = TargetResult.failed(name, error)
+    return result.model_dump(mode="json")
 
 
 def _open(path: Path, options: ExportOptions) -> Checkpoint:
@@ -187,6 +191,7 @@ def _write(
     _discard(folder)  # what a killed run left
     keep_freed_memory()
     reporter = trail = Trail(reporter)
+    reporter.say(f"exporting to {name}")
     try:
         lowered = target.lower(ckpt, folder, options, reporter)
         manifest = _manifest(ckpt, digest, request, name, target, folder, options, lowered)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from pocketglm import registry
@@ -13,7 +14,7 @@ from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.output import drop_unfinished
 from pocketglm.artifacts.schemas import ExportResult, TargetResult
 from pocketglm.contracts import ExportOptions, Reporter, Silent
-from pocketglm.errors import InputError, UsageError
+from pocketglm.errors import InputError, PocketError, UsageError
 from pocketglm.stages._isolated import Outcome, run
 
 _DEFAULTS = ExportOptions()
@@ -62,7 +63,7 @@ def _one(
     try:
         outcome = run(
             "pocketglm.stages.export:export_target",
-            [path, digest, name, out, options, force],
+            [str(path), digest, name, str(out), asdict(options), force],
             what=f"target {name} on {path}",
             reporter=reporter,
             max_memory=options.max_memory,
@@ -72,7 +73,7 @@ def _one(
         raise
     log = out / f"{name}.log"
     if outcome.error is None:
-        result: TargetResult = outcome.value
+        result = TargetResult.model_validate(outcome.value)
         if result.ok:
             log.unlink(missing_ok=True)  # of an earlier run
         return result.model_copy(
@@ -81,18 +82,17 @@ def _one(
     if isinstance(outcome.error, InputError):  # said before any work, of the whole command
         raise outcome.error
     drop_unfinished(out / name)
-    return _crashed(name, outcome, log)
+    return _crashed(name, outcome.error, outcome, log)
 
 
-def _crashed(name: str, outcome: Outcome, log: Path) -> TargetResult:
+def _crashed(name: str, error: PocketError, outcome: Outcome, log: Path) -> TargetResult:
     """With its log, where that can be written."""
-    assert outcome.error is not None
-    hint = outcome.error.hint or "please report it, it is a defect here or in the converter"
+    hint = error.hint or "please report it, it is a defect here or in the converter"
     kept = None
     with suppress(OSError):  # such as a full disk
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(outcome.output, encoding="utf-8")
         kept = str(log)
         hint = f"{hint}; what it printed is in {log}"
-    result = TargetResult.failed(name, outcome.error)
+    result = TargetResult.failed(name, error)
     return result.model_copy(update={"hint": hint, "peak_memory": outcome.peak, "log": kept})
