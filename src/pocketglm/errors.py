@@ -153,9 +153,7 @@ def from_json(value: Mapping[str, Any]) -> PocketError:
     for kind in kinds:
         kinds += kind.__subclasses__()
     kind = {kind.__name__: kind for kind in kinds}[value["type"]]
-    error = kind.__new__(kind)
-    PocketError.__init__(error, value["message"], value["hint"])
-    return error
+    return kind(value["message"], hint=value["hint"])
 
 
 def as_lines(message: str, hint: str) -> str:

@@ -60,7 +60,7 @@ def main(
     max_memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory that each target's process may use, e.g. 800MB: kept, or refused up front."
+            help="Memory that each target's process may use, e.g. 800MB: refused up front, or stopped."
         ),
     ] = None,
     force: Force = False,
