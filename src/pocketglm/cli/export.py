@@ -60,7 +60,7 @@ def main(
     max_memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory that each target's process may use, e.g. 800MB: refused up front, or stopped."
+            help="Memory that each target may use, e.g. 800MB: refused up front, or stopped there."
         ),
     ] = None,
     force: Force = False,
