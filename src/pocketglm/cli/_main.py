@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -73,6 +74,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     # from the threads that are waited for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in args
+    if debug:  # what processes that crashed have printed, too
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("pocketglm").setLevel(logging.DEBUG)
     args = [a for a in args if a != "--debug"]
     if not args or args[0] in ("--help", "-h", "help"):
         sys.stdout.write(usage())

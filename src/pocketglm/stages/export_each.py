@@ -4,6 +4,7 @@ takes too much memory ends alone. Importing this loads no torch: the processes d
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from pocketglm.stages._isolated import Outcome, run
 
 _DEFAULTS = ExportOptions()
 _SILENT = Silent()
+_LOG = logging.getLogger(__name__)
 
 
 def export_each(
@@ -79,6 +81,7 @@ def _one(
         return result.model_copy(
             update={"peak_memory": None if result.already_done else outcome.peak}
         )
+    _LOG.debug("target %s has printed:\n%s", name, outcome.output)
     if isinstance(outcome.error, InputError):  # said before any work, of the whole command
         raise outcome.error
     drop_unfinished(out / name)
