@@ -104,6 +104,7 @@ def test_other_exceptions_have_their_traceback_in_the_output() -> None:
         ("abort", (), "the work crashed (SIGABRT, Aborted); it was at: about to abort", "in abort"),
         ("cut_short", (), "the work crashed (SIGABRT, Aborted)", "in cut_short"),
         ("kill", (), "the work was killed (SIGKILL, Killed) with ", ""),
+        ("end_by", (36,), "the work crashed (signal 36, Real-time signal ", ""),
         ("leave", (3,), "the work ended its process with exit code 3", ""),
         ("leave_at_once", (0,), "the work ended its process with exit code 0", ""),
         ("lambda_", (), "the work ended its process with exit code 1", "Traceback"),

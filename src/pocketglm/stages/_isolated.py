@@ -86,9 +86,8 @@ def run(
 ) -> Outcome:
     """Call `function` ("module:name") with `arguments`, JSON values, and a last one, its reporter.
 
-    It gives a JSON value, too.
-
-    what: the work, for messages. max_memory: bytes; a process that has more is ended, see `_Watch`.
+    What it returns is a JSON value, too. what: the work, for messages. max_memory: bytes; a process
+    that has more is ended, see `_Watch`.
     An exception is an error of the Outcome, too: one of ours as it is, any other as CrashError.
     """
     command = [sys.executable, "-P", "-m", "pocketglm.stages._isolated", function]
@@ -220,7 +219,8 @@ def _cause(code: int, what: str, trail: Trail, watch: _Watch) -> PocketError:
     if code >= 0:
         number = hex(code) if code > 255 else str(code)
         return CrashError(f"{what} ended its process with exit code {number}{trail.at}", "")
-    means = f"{signal.Signals(-code).name}, {signal.strsignal(-code)}"
+    name = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
+    means = f"{name}, {signal.strsignal(-code)}"
     if -code == signal.SIGKILL:
         return CrashError(
             f"{what} was killed ({means}) with {peak} in memory{trail.at}",
@@ -246,12 +246,17 @@ class _Told:
             self._answers.flush()
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        _print(text)
         self.send(say=text)
 
     def progress(self, label: str, done: int, total: int, note: str = "") -> None:
-        print(f"{label} {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+        _print(f"{label} {done}/{total} {note}".rstrip())
         self.send(progress=[label, done, total, note])
+
+
+def _print(text: str) -> None:
+    with suppress(OSError):  # a full disk ends the work where its files do not fit, not here
+        print(text, file=sys.stderr, flush=True)
 
 
 def main(function: str) -> None:

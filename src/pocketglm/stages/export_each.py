@@ -45,10 +45,20 @@ def export_each(
     for name in names:
         registry.check("targets", name)
     digest = Checkpoint.open(path).digest()
+    new = not out.exists()
     results = []
     for index, name in enumerate(names):
         reporter.progress("export", index, len(names), name)
-        results.append(_one(path, digest, name, out, options, force, reporter))
+        try:
+            results.append(_one(path, digest, name, out, options, force, reporter))
+        except InputError:
+            raise
+        except BaseException:  # Ctrl-C
+            drop_unfinished(out / name)
+            if new:
+                with suppress(OSError):  # of what another target has written
+                    out.rmdir()
+            raise
     reporter.progress("export", len(names), len(names))
     return ExportResult(out=str(out), targets=results)
 
@@ -62,17 +72,13 @@ def _one(
     force: bool,
     reporter: Reporter,
 ) -> TargetResult:
-    try:
-        outcome = run(
-            "pocketglm.stages.export:export_target",
-            [str(path), digest, name, str(out), asdict(options), force],
-            what=f"target {name} on {path}",
-            reporter=reporter,
-            max_memory=options.max_memory,
-        )
-    except BaseException:
-        drop_unfinished(out / name)
-        raise
+    outcome = run(
+        "pocketglm.stages.export:export_target",
+        [str(path), digest, name, str(out), asdict(options), force],
+        what=f"target {name} on {path}",
+        reporter=reporter,
+        max_memory=options.max_memory,
+    )
     log = out / f"{name}.log"
     if outcome.error is None:
         result = TargetResult.model_validate(outcome.value)
