@@ -47,7 +47,11 @@ class Reporter(Protocol):
         """One line of words."""
 
     def progress(self, label: str, done: int, total: int, note: str = "") -> None:
-        """`done` of `total` units of `label`; `note` is a short state such as `loss 0.41`."""
+        """`done` of `total` units of `label`; `note` is a short state such as `loss 0.41`.
+
+        A target tells the name of a part before it works on it: after a crash, that is where it
+        was.
+        """
 
 
 class Silent:

@@ -41,7 +41,7 @@ from pocketglm.stages._claims import Builder, Gates
 from pocketglm.stages._sides import Side, describe, model_bytes, open_side
 from pocketglm.stages._task import Job, compare, read_rows
 from pocketglm.stages._timing import Timings, interleave
-from pocketglm.stages.export import export as export_checkpoint
+from pocketglm.stages.export_each import export_each
 from pocketglm.text.tokenizer import Tokenizer
 
 __all__ = ["Gates", "exit_code", "prove"]
@@ -177,7 +177,7 @@ def _baseline(path: Path) -> Side | Checkpoint:
 def _export(checkpoint: Checkpoint, candidate: Side, folder: Path, reporter: Reporter) -> Side:
     target = candidate.manifest.target
     reporter.say(f"exporting the baseline {checkpoint.path} to {target}, fp32")
-    result = export_checkpoint(
+    result = export_each(
         checkpoint.path,
         [target],
         folder,
