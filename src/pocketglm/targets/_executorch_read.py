@@ -7,6 +7,7 @@ the file was made takes part. INT4 weights: value + 8, two in a byte, the first 
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import tempfile
@@ -109,11 +110,12 @@ class XnnGraph:
         form = value["quant"]
         stored = self._bytes(form["scale_buffer_idx"])
         if kind == "qcint8":
-            return _tensor(raw, torch.int8, shape), _tensor(stored, torch.float32, (-1, 1))
+            return _tensor(raw, torch.int8, shape), _tensor(stored, torch.float32, (shape[0], 1))
         if kind == "qbint4":
-            both = np.frombuffer(raw, np.uint8).reshape(shape[0], -1)
+            both = np.frombuffer(raw, np.uint8, math.prod(shape) // 2).reshape(shape[0], -1)
             pairs = np.stack([both & 15, both >> 4], -1).reshape(shape).astype(np.int8) - 8
-            scales = _tensor(stored, torch.bfloat16, (shape[0], -1)).float()
+            groups = shape[1] // form["group_size"]
+            scales = _tensor(stored, torch.bfloat16, (shape[0], groups)).float()
             return torch.from_numpy(pairs), scales
         raise CheckpointError(f"a constant of XNNPACK's type {kind} is not known here")
 
@@ -123,7 +125,8 @@ class XnnGraph:
 
 
 def _tensor(raw: bytes, kind: torch.dtype, shape: Sequence[int]) -> Tensor:
-    return torch.frombuffer(bytearray(raw), dtype=kind).reshape(tuple(shape))
+    count = math.prod(shape)  # the stored bytes may be filled up behind
+    return torch.frombuffer(bytearray(raw), dtype=kind, count=count).reshape(tuple(shape))
 
 
 def _xnn_json(data: bytes) -> Any:

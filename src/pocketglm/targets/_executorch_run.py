@@ -20,6 +20,14 @@ from pocketglm.errors import CheckpointError
 from pocketglm.targets._executorch_read import NOWHERE, PteFile, XnnGraph
 
 _QUANTIZED = "quantized_decomposed::"
+_PRIM = "executorch_prim::"
+_PRIMS: dict[str, Callable[[Any, Any], Any]] = {
+    "et_view.default": lambda x, sizes: x.reshape(sizes),
+    "add.Scalar": lambda a, b: a + b,
+    "sub.Scalar": lambda a, b: a - b,
+    "mul.Scalar": lambda a, b: a * b,
+    "floordiv.Scalar": lambda a, b: a // b,
+}
 _ROUNDING = tuple(  # of activations
     f"{_QUANTIZED}{kind}"
     for kind in ("quantize_per", "dequantize_per_token", "dequantize_per_tensor")
@@ -70,6 +78,8 @@ class Run:
     # --- the program's kernels -------------------------------------------------------------------
 
     def _kernel(self, name: str, args: list[int]) -> Event:
+        if name.startswith(_PRIM):
+            return self._prim(name.removeprefix(_PRIM), args)
         operator, schema = _overload(name)
         given = [a.name for a in schema.arguments if not a.is_out]
         outs = len(schema.arguments) - len(given)
@@ -87,6 +97,15 @@ class Run:
         short = name.partition("::")[2].partition(".")[0]
         repeat = partial(_again, name, operator, rows[0])
         return Event(short, inputs, self._values[ends[0]], stored, repeat)
+
+    def _prim(self, name: str, args: list[int]) -> Event:
+        """ExecuTorch's own: a view, and arithmetic of sizes."""
+        function = _PRIMS.get(name)
+        if function is None:
+            raise CheckpointError(f"the program calls {_PRIM}{name}, which is not known here")
+        inputs = [self._value(place) for place in args[:2]]
+        self._values[args[-1]] = [function(a, b) for a, b in zip(*inputs, strict=True)]
+        return Event(name, inputs, self._values[args[-1]], [p in self._stored for p in args[:2]])
 
     def _value(self, place: int) -> list[Any]:
         """A value of the program for each text."""
