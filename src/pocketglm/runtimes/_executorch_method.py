@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pocketglm.contracts import Floats
 from pocketglm.errors import CheckpointError, require
-from pocketglm.runtimes._quiet import silence
+from pocketglm.runtimes._quiet import quiet
 
 _METHOD = "forward"
 
@@ -25,7 +25,7 @@ class Method:
 
     def __init__(self, file: Path, threads: int) -> None:
         self._torch = require("torch", extra="executorch")
-        with silence():  # it names what it reads about the processor, and its kernels
+        with quiet():  # it names what it reads about the processor, and its kernels
             runtime = require("executorch.runtime", extra="executorch")
             require("executorch.kernels.quantized", extra="executorch")  # embeddings of integers
             _set_threads(threads)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pocketglm.errors import require
-from pocketglm.runtimes._quiet import silence
+from pocketglm.runtimes._quiet import quiet
 
 METHOD = "forward"
 DELEGATE = "executorch_call_delegate"
@@ -70,7 +67,7 @@ def lower_module(
         MissingExtraError: executorch is not installed.
     """
     with quiet():
-        edge = edge_program(module, example, free, metadata)
+        edge = _edge_program(module, example, free, metadata or {}, _partitioner())
         nodes = list(edge_nodes(edge.exported_program()))
         exir = require("executorch.exir", extra="executorch")
         # The cache is written in place; else it would be copied twice at every call.
@@ -78,47 +75,59 @@ def lower_module(
         return LoweredModule(bytes(edge.to_executorch(form).buffer), nodes)
 
 
-def edge_program(
+def before_partition(
+    module: nn.Module, example: Sequence[Tensor], free: Sequence[Mapping[int, Any] | None]
+) -> Any:
+    """The edge program (an ExportedProgram) that XNNPACK's partitioner is given for `module`.
+
+    Its nodes have the names that they have in `lower_module`'s result.
+    """
+    partitioner = _partitioner()
+
+    def stop(program: Any) -> Any:
+        raise _Reached(program)
+
+    partitioner.partition = stop
+    with quiet():
+        try:
+            _edge_program(module, example, free, {}, partitioner)
+        except _Reached as reached:
+            return reached.program
+    raise AssertionError("the partitioner was not asked")
+
+
+class _Reached(Exception):
+    def __init__(self, program: Any) -> None:
+        self.program = program
+
+
+def _partitioner() -> Any:
+    place = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
+    return require(place, extra="executorch").XnnpackPartitioner()
+
+
+def _edge_program(
     module: nn.Module,
     example: Sequence[Tensor],
     free: Sequence[Mapping[int, Any] | None],
-    metadata: Mapping[str, Any] | None = None,
-    *,
-    delegate: bool = True,
+    metadata: Mapping[str, Any],
+    partitioner: Any,
 ) -> Any:
-    """ExecuTorch's EdgeProgramManager of `module`; without a delegate what the partitioner is given.
-
-    The names of the nodes are the same in both.
-    """
+    """ExecuTorch's EdgeProgramManager."""
     exir = require("executorch.exir", extra="executorch")
     require("executorch.exir.passes._quant_patterns_and_replacements", extra="executorch")
     require("executorch.kernels.quantized", extra="executorch")
-    place = "executorch.backends.xnnpack.partition.xnnpack_partitioner"
-    partitioner = require(place, extra="executorch").XnnpackPartitioner()
     with torch.no_grad():
         program = torch.export.export(
             module.eval(), tuple(example), dynamic_shapes=tuple(free), strict=False
         )
-        if not delegate:
-            partitioner = _Nothing.of(partitioner)
         return exir.to_edge_transform_and_lower(
             program,
             partitioner=[partitioner],
-            constant_methods=dict(metadata or {}),
+            constant_methods=dict(metadata),
             # quantized_decomposed is no part of the core that is checked for
             compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
         )
-
-
-class _Nothing:
-    """Makes a partitioner that keeps the operators whole, as XNNPACK wants them, and takes none."""
-
-    @staticmethod
-    def of(partitioner: Any) -> Any:
-        """The same one with an empty result."""
-        kind = require("executorch.exir.backend.partitioner", extra="executorch").PartitionResult
-        partitioner.partition = lambda program: kind(tagged_exported_program=program, partition_tags={})
-        return partitioner
 
 
 def edge_nodes(program: Any) -> Iterator[EdgeNode]:
@@ -145,16 +154,3 @@ def _node(node: Any, delegate: int | None) -> EdgeNode | None:
         return None
     shape = tuple(value.shape) if isinstance(value, Tensor) else None
     return EdgeNode(node.name, name, delegate, tuple(n.name for n in node.all_input_nodes), shape)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Meanwhile the converter's warnings and log lines stay away."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), silence():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from pocketglm.errors import CheckpointError, require
-from pocketglm.targets._executorch_lower import METHOD, quiet
+from pocketglm.runtimes._quiet import quiet
+from pocketglm.targets._executorch_lower import METHOD
 
 NOWHERE = 0xFFFFFFFF  # the id of what is not there
 _HEADER = struct.Struct("<10xIIQQ")  # of a delegate: magic, graph's offset and size, constants'
