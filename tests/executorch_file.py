@@ -105,7 +105,10 @@ def _tables(file: Path) -> Iterator[Weight]:
         if type(call).__name__ != "KernelCall":
             continue
         name = plan.operators[call.op_index].name
-        if name not in ("quantized_decomposed::embedding_byte", "quantized_decomposed::embedding_4bit"):
+        if name not in (
+            "quantized_decomposed::embedding_byte",
+            "quantized_decomposed::embedding_4bit",
+        ):
             continue
         q, scales = (_stored(program, plan, i) for i in call.args[:2])
         data = q.tobytes()

@@ -222,7 +222,6 @@ REFUSED = {
     ("executorch", "int4"): "INT4 with float activations",
     ("executorch", "int4 asymmetric"): "zero points",
     ("executorch", "int4 per row"): "INT4 with float activations",
-    
     ("gguf", "int8 asymmetric"): "zero points",
     ("gguf", "int8 asymmetric, exact"): "zero points",
     ("gguf", "int4 asymmetric"): "zero points",

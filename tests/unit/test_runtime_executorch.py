@@ -72,7 +72,9 @@ def only_ascii(folder: Path) -> None:
         text = inner.decode([token], skip_special_tokens=False)
         if not (len(text) == 1 and text.isascii() and text.isprintable()):
             head[token] = 0
-    safetensors.write_file(folder / "model.safetensors", (arrays | {"lm_head.weight": head}).items())
+    safetensors.write_file(
+        folder / "model.safetensors", (arrays | {"lm_head.weight": head}).items()
+    )
 
 
 @pytest.fixture(params=["exact", "int4"])

@@ -103,7 +103,9 @@ def test_int4(int4: tuple[Path, Path, ExportManifest]) -> None:
     }
 
 
-def test_a_changed_integer_is_found(int4: tuple[Path, Path, ExportManifest], tmp_path: Path) -> None:
+def test_a_changed_integer_is_found(
+    int4: tuple[Path, Path, ExportManifest], tmp_path: Path
+) -> None:
     """By parity, and where it is."""
     folder, out, manifest = int4
     shutil.copytree(out, tmp_path / "out")
@@ -183,7 +185,13 @@ class Products(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(
             Integer(
-                p.q, p.scales, p.zero_points, p.scheme, None, inputs=None, results=None,
+                p.q,
+                p.scales,
+                p.zero_points,
+                p.scheme,
+                None,
+                inputs=None,
+                results=None,
                 dynamic=p.scheme.activation != "none",
             )
             for p in parts.values()
@@ -222,7 +230,9 @@ def test_the_identity_gives_the_weights(
     parts, lowered = products
     (tmp_path / "m.pte").write_bytes(lowered.data)
     found = Method(tmp_path / "m.pte", 1)(np.eye(128, dtype=np.int64))
-    for (name, part), values in zip(parts.items(), np.split(found, len(parts), axis=1), strict=True):
+    for (name, part), values in zip(
+        parts.items(), np.split(found, len(parts), axis=1), strict=True
+    ):
         np.testing.assert_allclose(values.T, part.dequantized().numpy(), atol=2e-6, err_msg=name)
 
 
@@ -237,7 +247,10 @@ def test_the_nodes_say_what_the_delegate_takes(
     assert not any(node.delegated for node in before.values())
     after = {node.name: node for node in lowered.nodes}
     assert before.keys() == after.keys()
-    assert {n.op for n in after.values() if n.delegated} >= {"aten.linear.default", "aten.cat.default"}
+    assert {n.op for n in after.values() if n.delegated} >= {
+        "aten.linear.default",
+        "aten.cat.default",
+    }
     outside = [n.op for n in after.values() if not n.delegated]
     assert outside.count("quantized_decomposed.dequantize_per_channel.default") == 1
     counts = lowered.operators

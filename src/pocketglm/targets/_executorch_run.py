@@ -127,7 +127,12 @@ class Run:
             return [[x[row] for x in numbers] for row in range(self.count)]
         if kind == "Null":
             return [None] * self.count
-        item = {"Int": "int_val", "Double": "double_val", "Bool": "bool_val", "String": "string_val"}
+        item = {
+            "Int": "int_val",
+            "Double": "double_val",
+            "Bool": "bool_val",
+            "String": "string_val",
+        }
         return [getattr(value, item[kind])] * self.count
 
     # --- XNNPACK ---------------------------------------------------------------------------------
