@@ -1,4 +1,4 @@
-"""runtimes/executorch: sessions are as PyTorch; ExecuTorch's own LLM runner writes the same tokens."""
+"""runtimes/executorch: sessions are as PyTorch; ExecuTorch's LLM runner writes the same tokens."""
 
 from __future__ import annotations
 
@@ -174,7 +174,8 @@ def test_a_broken_file_and_a_quiet_one(root: Path, tmp_path: Path) -> None:
 
 def greedy(folder: Path, ids: list[int], count: int) -> list[int]:
     session = open_decoder(folder, ONE)
-    logits, found = session.prefill(ids), []
+    logits = session.prefill(ids)
+    found: list[int] = []
     while len(found) < count:
         found.append(int(logits.argmax()))
         if found[-1] == STOP:

@@ -121,13 +121,14 @@ def _largest_int4(read: PteFile) -> bytes:
     """The bytes of the largest INT4 weight, packed by the format's rule."""
     graphs = [read.graph(number) for number in range(len(read.plan.delegates))]
     found = [
-        q[0]
+        stored[0]
         for graph in graphs
         for place, value in graph.values.items()
-        if value["datatype"] == "xnn_datatype_qbint4" and (q := graph.constant(place))
+        if value["datatype"] == "xnn_datatype_qbint4" and (stored := graph.constant(place))
     ]
-    q = max(found, key=torch.Tensor.numel).numpy().astype(np.int16) + 8
-    return (q[:, 0::2] | q[:, 1::2] << 4).astype(np.uint8).tobytes()
+    q = max(found, key=Tensor.numel).numpy().astype(np.int16) + 8
+    packed: bytes = (q[:, 0::2] | q[:, 1::2] << 4).astype(np.uint8).tobytes()
+    return packed
 
 
 def test_int8_with_normalized_queries(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_the_structure_of_tiny(tmp_path: Path) -> None:
     """Layers that share a block, attention and FFN in one, top-k attention, a tied INT4 head; a
     shared weight is stored once.
     """
-    own = {"num_layers": 2, "layer_blocks": (0, 0), "unified": True, "top_k": 4}
+    own: dict[str, Any] = {"num_layers": 2, "layer_blocks": (0, 0), "unified": True, "top_k": 4}
     schemes = {EMBEDDING: TensorScheme(bits=4), "_proj.weight": TensorScheme(**INT4)}
     out, manifest = exported(quantized(save_structure(tmp_path / "ckpt", **own), schemes))
     assert manifest.operators["aten.topk.default"] == 2
@@ -226,7 +227,7 @@ def products() -> tuple[dict[str, Quantized], LoweredModule]:
 def test_the_identity_gives_the_weights(
     products: tuple[dict[str, Quantized], LoweredModule], tmp_path: Path
 ) -> None:
-    """Rounding 0 and 1 per token changes nothing: what comes out is what the runtime multiplies by."""
+    """Rounding 0 and 1 per token changes nothing: what comes out, the runtime multiplies by."""
     parts, lowered = products
     (tmp_path / "m.pte").write_bytes(lowered.data)
     found = Method(tmp_path / "m.pte", 1)(np.eye(128, dtype=np.int64))

@@ -1,8 +1,8 @@
 """An open ExecuTorch decoder of an export folder.
 
 The cache is in the method's own buffers, one for the file. So the sessions of one file, a session
-and its forks, share it: each remembers its text, and a session whose turn it is reads again what the
-one before it has overwritten. Tokens that both texts begin with stay.
+and its forks, share it: each remembers its text, and a session whose turn it is reads again what
+the one before it has overwritten. Tokens that both texts begin with stay.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ here computes with it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -57,8 +56,8 @@ class ExecutorchSession:
 
 
 def open_export(path: Path, options: RunOptions) -> Session:
-    """Open an export folder. `optimize` changes nothing: what ExecuTorch does to a graph, it has done
-    when the file was written.
+    """Open an export folder. `optimize` changes nothing: what ExecuTorch does to a graph, it has
+    done when the file was written.
 
     Raises:
         MissingExtraError: executorch is not installed.

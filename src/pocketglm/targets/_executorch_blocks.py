@@ -1,8 +1,8 @@
 """What the parts of a written .pte file give, one after the other: see `contracts.Target`.
 
 The file has no names. Its parts are found by their place: a decoder's residual stream is the
-embedding and each sum with the one before; an encoder's blocks end with every second norm, which are
-the sums with a constant behind a reciprocal square root.
+embedding and each sum with the one before; an encoder's blocks end with every second norm, whose
+results are sums with a constant behind a reciprocal square root.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ That is what ExecuTorch's LLM runner calls. The cache is in the method's buffers
 on, and no token looks at later slots, so a new text begins with `input_pos` 0. S is free, 1 to T.
 
 What the delegate would leave outside is written so that it takes it: gate and up, or a unified
-block's five parts, are products of their own rows of one weight; rotary positions are a product with
-the matrix that swaps a pair's features, and two tables; the queries of heads that share a key are
-rows of one product. So one delegate goes from one cache update to the next.
+block's five parts, are products of their own rows of one weight; rotary positions are a product
+with the matrix that swaps a pair's features, and two tables; the queries of heads that share a key
+are rows of one product. So one delegate goes from one cache update to the next.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MASKED = -10000.0  # score of a slot that is not looked at; exp() of it is 0 in
 
 
 class DecoderGraph(nn.Module):
-    """For texts of at most `context` tokens; logits of the last token [1, V], or of all [1, S, V]."""
+    """For texts of at most `context` tokens; logits of the last one [1, V], or of all [1, S, V]."""
 
     slots: Tensor
     cos: Tensor
@@ -74,6 +74,20 @@ Past = tuple[Tensor, Tensor, Tensor]
 
 class _Block(nn.Module):
     """The block that layer `index` is the first to use."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    output: nn.Module
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+    query_norm: nn.Module
+    key_norm: nn.Module
+    attention_norm: nn.Module
+    attention_post_norm: nn.Module
+    ffn_norm: nn.Module
+    ffn_post_norm: nn.Module
 
     def __init__(self, spec: DecoderSpec, weights: Weights, index: int) -> None:
         super().__init__()
@@ -166,8 +180,8 @@ def _layers(spec: DecoderSpec, index: int) -> dict[str, tuple[str, bool, slice]]
 
 
 def rotary_matrices(rope: RopeSpec, size: int) -> tuple[Float, Float, Float]:
-    """What widens cosines and sines [S, dims / 2] to the features of a head [S, size] (1 and 0 where
-    nothing turns), and what gives each feature its pair's other one, the first ones negative.
+    """What widens cosines and sines [S, dims / 2] to the features of a head [S, size] (1 and 0
+    where nothing turns), and what gives each feature its pair's other one, the first ones negative.
     """
     half = rope.dims // 2
     pair = torch.arange(half)

@@ -1,7 +1,7 @@
 """The encoder (BERT) as one method `forward(input_ids, attention_mask)`, both int64 [1, S].
 
-S is free, 1 to `max_length`. Pooling, head and normalization are part of it. All but the lookups and
-the mask's sum is written so that XNNPACK takes it in one piece.
+S is free, 1 to `max_length`. Pooling, head and normalization are part of it. All but the lookups
+and the mask's sum is written so that XNNPACK takes it in one piece.
 """
 
 from __future__ import annotations
@@ -62,6 +62,11 @@ class EncoderGraph(nn.Module):
 
 class _Block(nn.Module):
     """Attention and FFN, each added to its input and normalized."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    output: nn.Module
 
     def __init__(self, spec: EncoderSpec, weights: Weights, index: int) -> None:
         super().__init__()

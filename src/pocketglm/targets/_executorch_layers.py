@@ -4,16 +4,17 @@
     float                                    XNNPACK fully connected, float
     INT8 per channel            dynamic_*    the same of int8 weights, inputs rounded per token
     INT4 by group of 32 k, row  dynamic_*    the same of int4 weights, scales bf16
-    INT8 per channel            none         dequantize_per_channel, then mm in a plain kernel: exact,
+    INT8 per channel            none         dequantize_per_channel, mm in a plain kernel: exact,
                                              zero points too, and slow
-    INT8 per channel            static       int8 in, int8 out on fixed grids, the bias added in float;
-                                             before a sum with the residual stream the input alone is
-                                             rounded to its grid, and the product is the dynamic one
+    INT8 per channel            static       int8 in, int8 out on fixed grids, bias added in float;
+                                             before a sum with the residual stream only the input is
+                                             rounded to its grid, the product is the dynamic one
     embedding                                embedding_byte, embedding_4bit (plain kernels)
 
 The integers and scales are the checkpoint's own, passed as they are: nothing is quantized here.
-Norms take their means by a product with a row of 1/H, since XNNPACK's mean is for images: so a whole
-block stays in the delegate. GELU's tanh form is written out: XNNPACK computes the exact one for both.
+Norms take their means by a product with a row of 1/H, since XNNPACK's mean is for images: so a
+whole block stays in the delegate. GELU's tanh form is written out: ExecuTorch 1.5.1 hands both
+forms to XNNPACK's exact one without a word.
 """
 
 from __future__ import annotations
@@ -233,7 +234,7 @@ class FloatTable(nn.Module):
 
 
 class IntegerTable(FloatTable):
-    """Rows of integers: int8 as they are; of INT4 two in a byte with offset 8, the first one high."""
+    """Rows of integers: int8 as they are; INT4 with offset 8, two in a byte, the first one high."""
 
     scales: Tensor
     zeros: Tensor | None
@@ -291,7 +292,13 @@ def norm(weights: Weights, layer: str, epsilon: float, *, centred: bool) -> Norm
 
 def activation(kind: Activation) -> Callable[[Tensor], Tensor]:
     """GELU (exact, or its tanh form), ReLU or SiLU."""
-    return {"relu": F.relu, "silu": _silu, "gelu": F.gelu, "gelu_new": _gelu_tanh}[kind]
+    known: dict[Activation, Callable[[Tensor], Tensor]] = {
+        "relu": F.relu,
+        "silu": _silu,
+        "gelu": F.gelu,
+        "gelu_new": _gelu_tanh,
+    }
+    return known[kind]
 
 
 def _silu(x: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ _IN_DELEGATE = "xnnpack:"  # before the names of operators in export.json
 class EdgeNode:
     """One operator of the edge program, which is what the partitioner sees.
 
-    op: e.g. `aten.linear.default`. delegate: the number of the delegate that has it; None: it runs in
-    a plain kernel. inputs: the names of the nodes, constants and inputs that it reads.
+    op: e.g. `aten.linear.default`. delegate: the number of the delegate that has it; None: it runs
+    in a plain kernel. inputs: the names of the nodes, constants and inputs that it reads.
     """
 
     name: str
@@ -85,18 +85,18 @@ def before_partition(
     partitioner = _partitioner()
 
     def stop(program: Any) -> Any:
-        raise _Reached(program)
+        raise _ReachedError(program)
 
     partitioner.partition = stop
     with quiet():
         try:
             _edge_program(module, example, free, {}, partitioner)
-        except _Reached as reached:
+        except _ReachedError as reached:
             return reached.program
     raise AssertionError("the partitioner was not asked")
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     def __init__(self, program: Any) -> None:
         self.program = program
 

@@ -1,8 +1,8 @@
 """Computes what a .pte file says in PyTorch, float32, with activation quantization off.
 
 The program's own kernels are PyTorch's operators of the same name; XNNPACK's operators are written
-here. Integers of the file become float where they are used, what rounds activations passes its input
-on. Each value is a list, one entry for each text: a weight is read once for all.
+here. Integers of the file become float where they are used, what rounds activations passes its
+input on. Each value is a list, one entry for each text: a weight is read once for all.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _ROUNDING = tuple(  # of activations
 @dataclass(frozen=True, slots=True)
 class Event:
     """An operator that has run: its name (`add`, `rsqrt`, ...), what it read and what it gave, one
-    entry for each text. stored: which of what it read is a constant of the file. repeat: the operator
-    itself, of an embedding.
+    entry for each text. stored: which of what it read is a constant of the file. repeat: of a
+    lookup, the same of other ids.
     """
 
     kind: str
@@ -203,6 +203,10 @@ def _slice(node: dict[str, Any], x: Tensor) -> Tensor:
     return x
 
 
+def _joined(node: dict[str, Any], *parts: Tensor) -> Tensor:
+    return torch.cat(parts, node["axis"])
+
+
 _XNN: dict[str, Callable[..., Tensor]] = {
     "XNNAbs": lambda n, x: x.abs(),
     "XNNAdd": lambda n, a, b: a + b,
@@ -223,7 +227,8 @@ _XNN: dict[str, Callable[..., Tensor]] = {
     "XNNStaticTranspose": lambda n, x: x.permute(n["perm"]),
     "XNNSubtract": lambda n, a, b: a - b,
     "XNNTanh": lambda n, x: x.tanh(),
-} | {f"XNNConcatenate{count}": lambda n, *x: torch.cat(x, n["axis"]) for count in range(2, 6)}
+    **dict.fromkeys((f"XNNConcatenate{count}" for count in range(2, 6)), _joined),
+}
 
 
 # --- by name -------------------------------------------------------------------------------------
