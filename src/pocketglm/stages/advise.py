@@ -54,7 +54,7 @@ SMALL_LOSS = 1.0  # points, or percent of a perplexity: what a gate usually allo
 _DEFAULT_TASK = "lm"
 Fits = Literal["yes", "probably", "no", "unknown"]
 # What exports of this version were never run on; what LiteRT's says of these is in delegate.json.
-_NOT_RUN = {("litert", "gpu"), ("litert", "npu")}
+_NOT_RUN = {("litert", "gpu"), ("litert", "npu"), ("executorch", "gpu"), ("executorch", "npu")}
 _ORDER = {"yes": 0, "probably": 1, "unknown": 2, "no": 3}
 
 

@@ -51,6 +51,7 @@ TOKENS = 32
 PROMPT, NEW_TOKENS = 128, 64  # of a decoder; less where its context is short
 _PAIRS = 7  # the fewest that give an interval and survive an outlier
 _PACKAGES = {
+    "executorch": ("executorch", "torch"),
     "onnx": ("onnxruntime", "numpy"),
     "gguf": ("llama-cpp-python", "numpy"),
     "litert": ("ai-edge-litert", "numpy"),
