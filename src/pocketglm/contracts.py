@@ -209,6 +209,9 @@ Method = TensorMethod | BlockMethod | ModelMethod
 # --- targets and runtimes ----------------------------------------------------------------------
 
 
+ComputeUnits = Literal["all", "cpuAndNeuralEngine", "cpuAndGPU", "cpuOnly"]
+
+
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
     """What `export` was asked for, beyond the target's name.
@@ -216,6 +219,9 @@ class ExportOptions:
     max_length: tokens per text; of a decoder, prompt and answer together (its cache). logits: the
     positions that a decoder's file computes logits of. spinning: threads wait busily.
     max_memory: bytes that the process may have resident; None: no limit.
+    Of Core ML: deployment, the oldest system that must open it, such as "iOS17"; compute_units, the
+    processors that it is laid out for; compute_precision, the type of its values; None: the target
+    chooses, and says what.
     """
 
     opset: int | None = None
@@ -224,6 +230,9 @@ class ExportOptions:
     logits: Literal["last", "all"] = "last"
     spinning: bool = False
     max_memory: int | None = None
+    deployment: str | None = None
+    compute_units: ComputeUnits | None = None
+    compute_precision: Literal["float16", "float32"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +246,22 @@ class Lowered:
     minimum: dict[str, str] = field(default_factory=dict)
     parts: dict[str, int] = field(default_factory=dict)  # bytes of the weights by part of the model
     activation: str = "none"  # the form in which the file quantizes the linear layers' inputs
+    floats: Literal["fp32", "fp16"] = "fp32"  # the type of constants that are not quantized
+    cache: Literal["float32", "float16"] = "float32"  # a decoder's, where it is not quantized
     digests: dict[str, str] = field(default_factory=dict)  # sha256 of files, taken while writing
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """By how much a file's values of size 1 may differ from the checkpoint's; larger ones in
+    proportion.
+
+    part: one part of it, and the whole without its runtime's optimizations, both in float32. whole:
+    as its runtime computes it, activations not quantized.
+    """
+
+    part: float = 1e-4
+    whole: float = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +282,7 @@ class Target:
     supports: Callable[[Checkpoint, ExportOptions], list[str]]
     lower: Callable[[Checkpoint, Path, ExportOptions, Reporter], Lowered]
     blocks: Callable[[Path, Ids, Ids], Iterable[tuple[str, Floats]]]
+    tolerance: Tolerance = Tolerance()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import coreml_file
 import executorch_file
 import gguf
 import numpy as np
@@ -203,6 +204,12 @@ def read_litert(file: Path) -> dict[str, Triple]:
     return {name: (w.q, w.scales, None) for name, w in read_weights(file).items()}
 
 
+def read_coreml(package: Path) -> dict[str, Triple]:
+    """The quantized weights of a Core ML package; its names have "_" for "."."""
+    found = coreml_file.read_weights(package)
+    return {name: (w.q, w.scales, w.zeros) for name, w in found.items()}
+
+
 def read_executorch(file: Path) -> dict[str, Triple]:
     """The quantized weights of a .pte file of BERT."""
     found = executorch_file.read_weights(file)
@@ -210,6 +217,7 @@ def read_executorch(file: Path) -> dict[str, Triple]:
 
 
 READERS: dict[str, Callable[[Path], dict[str, Triple]]] = {
+    "coreml": read_coreml,
     "executorch": read_executorch,
     "gguf": read_gguf,
     "litert": read_litert,
@@ -238,7 +246,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 # What a target does as with another form: ExecuTorch rounds inputs per token, whatever the blocks.
 ALIKE = {("executorch", "int8 by block")}
-PACKAGES = {"executorch": "executorch", "litert": "ai_edge_litert"}
+PACKAGES = {"coreml": "coremltools", "executorch": "executorch", "litert": "ai_edge_litert"}
 
 
 def differences(wanted: dict[str, Triple], found: dict[str, Triple]) -> list[str]:
@@ -255,6 +263,11 @@ def differences(wanted: dict[str, Triple], found: dict[str, Triple]) -> list[str
         if not same:
             different.append(name)
     return different
+
+
+def underscored(weights: dict[str, Triple]) -> dict[str, Triple]:
+    """With names as Core ML allows them."""
+    return {name.replace(".", "_"): triple for name, triple in weights.items()}
 
 
 def _repeat(values: Array, groups: int) -> Array:
@@ -286,6 +299,8 @@ def test_the_file_holds_the_checkpoints_integers(target: str, form: str, tmp_pat
     check_files(tmp_path / "out" / target, manifest)
     file = tmp_path / "out" / target / manifest.model_file
     wanted = stored_in_checkpoint(folder)
+    if target == "coreml":
+        wanted = underscored(wanted)
     assert len(wanted) >= 3
     assert differences(wanted, READERS[target](file)) == []
     if target == "executorch":  # the same file once more: lowering takes seconds
@@ -302,6 +317,17 @@ def test_one_changed_integer_is_found_in_litert(form: str, tmp_path: Path) -> No
     file, name = tmp_path / "out/litert/model.tflite", "encoder.layer.1.output.dense.weight"
     flip(file, name, 1234)
     assert differences(stored_in_checkpoint(folder), read_litert(file)) == [name]
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "int4 asymmetric"])
+def test_one_changed_integer_is_found_in_coreml(form: str, tmp_path: Path) -> None:
+    pytest.importorskip("coremltools", reason="needs the extra 'coreml'")
+    folder = quantize_weights(save_tiny(tmp_path / "ckpt"), _forms()[form])
+    assert export(folder, ["coreml"], tmp_path / "out").targets[0].ok
+    package, name = tmp_path / "out/coreml/model.mlpackage", "encoder_layer_1_output_dense_weight"
+    coreml_file.flip(package, name, 1234)
+    wanted = underscored(stored_in_checkpoint(folder))
+    assert differences(wanted, read_coreml(package)) == [name]
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])

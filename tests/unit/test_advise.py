@@ -25,7 +25,11 @@ from pocketglm.stages._advice_limits import size_words
 from pocketglm.stages._advice_models import count_words
 from pocketglm.stages.advise import Wanted, advise
 
-NOT_RUN = {(runtime, unit) for runtime in ("litert", "executorch") for unit in ("gpu", "npu")}
+# Units that exports were never run on.
+NOT_RUN = {
+    *((runtime, unit) for runtime in ("litert", "executorch") for unit in ("gpu", "npu")),
+    *(("coreml", unit) for unit in ("cpu", "gpu", "npu")),
+}
 PHONE = "snapdragon-8-gen-3"
 GOOD = ("yes", "probably")
 

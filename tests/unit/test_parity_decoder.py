@@ -102,7 +102,8 @@ def test_the_whole_is_compared_with_the_whole(model: tuple[Path, Path]) -> None:
     ckpt = Checkpoint.open(model[0])
     ids, mask = stage._samples(model[1], read_export(model[1]))
     found = TARGET.blocks(model[1] / "model.onnx", ids, mask)
-    _, logits = stage._compare(ckpt, found, ids, mask, None, Silent(), whole=True)
+    reference = stage._Reference(ckpt, decoder_spec_of(ckpt))
+    _, logits = stage._compare(reference, found, ids, mask, None, Silent(), whole=True)
     with torch.inference_mode():
         expected = load_decoder(ckpt)(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
     np.testing.assert_allclose(logits, expected[mask.astype(bool)], atol=1e-5)

@@ -65,17 +65,19 @@ class CacheLayout(Config):
     layers: int
     kv_heads: int
     head_dim: int
-    dtype: Literal["float32", "int8"] = "float32"
+    dtype: Literal["float32", "float16", "int8"] = "float32"
     scheme: CacheScheme | None = None
 
     @property
     def bytes_per_token(self) -> int:
-        return 2 * (1 if self.dtype == "int8" else 4) * self.layers * self.kv_heads * self.head_dim
+        size = {"float32": 4, "float16": 2, "int8": 1}[self.dtype]
+        return 2 * size * self.layers * self.kv_heads * self.head_dim
 
 
 class ExportManifest(Config):
     """`kind`: encoder or decoder. `output`: the name of the graph's result.
 
+    `floats`: the type of constants that are not quantized; parity rounds the checkpoint's to it.
     `parameters`: bytes of the weights in the model file by part: embedding, attention, ffn, ...;
     `parameter_count`: how many the model has (0: made before this was recorded).
     `max_length`: of an encoder, where texts are cut; of a decoder, prompt and answer together; the
@@ -101,6 +103,7 @@ class ExportManifest(Config):
     max_length: int
     vocab_size: int = 0
     activation: str = "none"
+    floats: Literal["fp32", "fp16"] = "fp32"
     threads: int | None = None
     logits: Literal["last", "all"] | None = None
     bos_id: int | None = None

@@ -18,10 +18,31 @@ from pocketglm.cli._common import (
     megabytes,
     table,
 )
-from pocketglm.contracts import ExportOptions
+from pocketglm.contracts import ComputeUnits, ExportOptions
 from pocketglm.errors import as_lines
 from pocketglm.stages._memory import parse_size
 from pocketglm.stages.export_each import export_each
+
+DeploymentTarget = Annotated[
+    Literal["iOS15", "iOS16", "iOS17", "iOS18"] | None,
+    typer.Option(
+        help="Core ML: the oldest system that opens it. Default: the oldest that has what the "
+        "model needs."
+    ),
+]
+Units = Annotated[
+    ComputeUnits | None,
+    typer.Option(
+        help="Core ML: what it is laid out for: cpuAndNeuralEngine (fixed shapes, 1x1 "
+        "convolutions), or cpuAndGPU, cpuOnly (flexible shapes). Default: by kind of model."
+    ),
+]
+Precision = Annotated[
+    Literal["float16", "float32"] | None,
+    typer.Option(
+        help="Core ML: the type of its values. Default: float16, but float32 for top-k attention."
+    ),
+]
 
 
 def main(
@@ -57,6 +78,9 @@ def main(
             "--spinning", help="Decoder: threads of its app wait busily (own cores only)."
         ),
     ] = False,
+    deployment_target: DeploymentTarget = None,
+    compute_units: Units = None,
+    compute_precision: Precision = None,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -78,6 +102,9 @@ def main(
         logits=logits,
         spinning=spinning,
         max_memory=parse_size(max_memory),
+        deployment=deployment_target,
+        compute_units=compute_units,
+        compute_precision=compute_precision,
     )
     with Progressive() as reporter:
         result = export_each(

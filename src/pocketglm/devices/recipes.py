@@ -47,6 +47,7 @@ class RuntimeFacts(Config):
     kinds: list[Kind]
     cache_bytes: Literal[1, 2, 4]
     reaches: list[str]
+    dynamic: bool = True
 
 
 class EncoderShape(Config):

@@ -7,6 +7,7 @@ Three comparisons on embedded sample sentences of 1 to `max_length` tokens:
   whose grids are the checkpoint's own, are rounded on both sides;
 * the runtime's delegate, such as its graph optimizer or XNNPACK, on against off, where it has one.
 
+Constants that the file has in fp16 are rounded on both sides.
 Where the runtime is an extra that is not installed, the first comparison alone is made, and said.
 """
 
@@ -23,7 +24,7 @@ from torch.nn.functional import kl_div, log_softmax, normalize
 from pocketglm import registry
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.export import Difference, ExportManifest, Parity
-from pocketglm.contracts import Floats, Ids, Reporter, RunOptions, Runtime, Target
+from pocketglm.contracts import Floats, Ids, Reporter, RunOptions, Runtime, Target, Tolerance
 from pocketglm.errors import MissingExtraError, ParityError
 from pocketglm.model.encoder import Encoder
 from pocketglm.model.hf import load_encoder, stored_name
@@ -52,7 +53,6 @@ SAMPLES = (
     "The committee agreed, after a long and at times heated debate, to postpone its decision until "
     "the independent report on costs, risks and benefits is published later in the year.",
 )
-FLOAT_TOLERANCE = 1e-4  # of a value of size 1; larger values may differ in proportion
 # By the form of the activations: share of the output's standard deviation by which one value may
 # differ, and the agreement to reach. One int8 scale per tensor costs 1-2 % of the range at each of
 # its layers; a wrong weight or connection costs far more.
@@ -81,6 +81,7 @@ OPTIMIZER_LIMITS = {
     "static": 1.0,
     "mixed": 0.3,
 }
+_EXACT = Tolerance()
 _NEAR_TIE = 0.25  # of the output's standard deviation
 
 
@@ -101,7 +102,10 @@ def check_parity(
     """
     model = load_encoder(ckpt)
     for name, values in model.state_dict().items():
-        check_finite(ckpt, stored_name(ckpt, name), values)
+        stored = stored_name(ckpt, name)
+        check_finite(ckpt, stored, values)
+        if manifest.floats == "fp16" and stored not in ckpt.manifest.schemes:
+            values.copy_(values.half())
     batches = list(_samples(folder, manifest.max_length))
     file = folder / manifest.model_file
     blocks: dict[str, float] = {}
@@ -115,8 +119,9 @@ def check_parity(
     try:
         shipped, plain = on_and_off(manifest, lambda options: _run(folder, batches, options))
     except MissingExtraError as error:
-        return by_parts(blocks, wanted, error, reporter)
-    return judge(manifest, wanted, shipped, plain, blocks, classes=bool(manifest.labels))
+        return by_parts(blocks, wanted, target.tolerance, error, reporter)
+    classes = bool(manifest.labels)
+    return judge(manifest, wanted, shipped, plain, blocks, target.tolerance, classes=classes)
 
 
 def on_and_off(
@@ -131,6 +136,7 @@ def on_and_off(
 def by_parts(
     blocks: dict[str, float],
     wanted: Floats,
+    tolerance: Tolerance = _EXACT,
     missing: MissingExtraError | None = None,
     reporter: Reporter | None = None,
 ) -> Parity:
@@ -146,7 +152,7 @@ def by_parts(
         n=len(wanted),
         output_max_abs=blocks["head"],
         output_std=std,
-        tolerance=FLOAT_TOLERANCE * max(1.0, std),
+        tolerance=tolerance.part * max(1.0, std),
         agreement=None,
         blocks=blocks,
     )
@@ -202,7 +208,7 @@ def _compare_blocks(
         if name != "head":
             expected, value = expected[keep], value[keep]
         differences[name] = worst(expected, value)
-        limit = FLOAT_TOLERANCE * max(1.0, float(np.abs(expected).max()))
+        limit = target.tolerance.part * max(1.0, float(np.abs(expected).max()))
         if not differences[name] <= limit:
             raise ParityError(
                 f"'{name}' of the written file differs from the checkpoint by "
@@ -231,6 +237,7 @@ def judge(
     shipped: Floats,
     plain: Floats | None,
     blocks: dict[str, float],
+    tolerance: Tolerance = _EXACT,
     *,
     classes: bool,
 ) -> Parity:
@@ -246,7 +253,9 @@ def judge(
         kind = "dynamic_block"  # as there, a value near the middle between two integers may move
     share, needed = LIMITS[kind]
     std = float(wanted.std())
-    exact = FLOAT_TOLERANCE * max(1.0, std)
+    # fp16 is as coarse as its values are large.
+    size = max(1.0, float(np.abs(wanted).max()) if manifest.floats == "fp16" else std)
+    exact = tolerance.whole * size
     optimizer_limit = OPTIMIZER_LIMITS[kind] * std or exact
     agreement = _agreement(wanted, shipped, std, classes=classes)
     parity = Parity(
@@ -264,6 +273,8 @@ def judge(
     form = f"{manifest.precision}, activations {manifest.activation}"
     form += ", INT8 cache" if int8_cache else ""
     accurate = "choose a more accurate form: compress with --set activation=dynamic_block or none"
+    if manifest.floats == "fp16" and kind == "none":
+        accurate = "fp16 is too coarse for this model: export with --compute-precision float32"
     for what, difference, limit, hint in (
         (
             "the written file differs from the checkpoint",
@@ -276,6 +287,12 @@ def judge(
             parity.optimizer_max_abs,
             optimizer_limit,
             "a graph optimization of this runtime version is wrong here: try another version",
+        ),
+        (
+            "the file without its runtime's optimizations differs from the checkpoint",
+            worst(wanted, plain) if plain is not None and share == 0 else 0.0,
+            tolerance.part * size,
+            "this is a defect of the export: please report it with this checkpoint's config",
         ),
     ):
         if not difference <= limit:

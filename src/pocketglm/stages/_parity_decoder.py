@@ -26,18 +26,18 @@ from torch import Tensor, nn
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.export import ExportManifest, Parity
-from pocketglm.contracts import ExportOptions, Floats, Ids, Reporter, RunOptions, Target
+from pocketglm.contracts import ExportOptions, Floats, Ids, Reporter, RunOptions, Target, Tolerance
 from pocketglm.errors import MissingExtraError, ParityError
 from pocketglm.model.hf import decoder_spec_of, stored_name
 from pocketglm.model.inputs import layer_scales
-from pocketglm.model.layers import Block, bare_modules, rotation
+from pocketglm.model.layers import Block, Rotation, bare_modules, rotation
 from pocketglm.model.spec import DecoderSpec
 from pocketglm.ops.stored import check_finite, parameter_counts, read_quantized, read_weight
 from pocketglm.runtimes import open_decoder
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.stages._file_cache import FileCache
 from pocketglm.stages._memory import Ceiling, resident
-from pocketglm.stages._parity import FLOAT_TOLERANCE, SAMPLES, by_parts, judge, on_and_off, worst
+from pocketglm.stages._parity import SAMPLES, by_parts, judge, on_and_off, worst
 from pocketglm.text.tokenizer import Tokenizer
 
 WHOLE = 200_000_000  # parameters up to which the whole model is compared
@@ -91,20 +91,30 @@ def _check(
     whole, texts = _is_small(ckpt, manifest, options), _texts(decoder_spec_of(ckpt).top_k)
     ids, mask = _samples(folder, manifest, texts if whole else texts[:_FEW], number)
     found = target.blocks(folder / manifest.model_file, ids, mask)
+    tolerance = target.tolerance
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, min(threads, usable_cores() - 1)))  # the file's side has a core
     try:
-        blocks, wanted = _compare(ckpt, found, ids, mask, options.max_memory, reporter, whole=whole)
+        blocks, wanted = _compare(
+            _Reference(ckpt, decoder_spec_of(ckpt), half=manifest.floats == "fp16"),
+            found,
+            ids,
+            mask,
+            options.max_memory,
+            reporter,
+            tolerance.part,
+            whole=whole,
+        )
     finally:
         torch.set_num_threads(threads)
     if not whole:
-        return by_parts(blocks, wanted)
+        return by_parts(blocks, wanted, tolerance)
     reporter.say("checking parity of the whole file, as shipped and without its delegate")
     try:
         shipped, plain = on_and_off(manifest, lambda options: _run(folder, ids, mask, options))
     except MissingExtraError as error:
-        return by_parts(blocks, wanted, error, reporter)
-    return judge(manifest, wanted, shipped, plain, blocks, classes=True)
+        return by_parts(blocks, wanted, tolerance, error, reporter)
+    return judge(manifest, wanted, shipped, plain, blocks, tolerance, classes=True)
 
 
 def _texts(top_k: int | None) -> tuple[tuple[str, int], ...]:
@@ -165,22 +175,24 @@ def decoder_buffers(ckpt: Checkpoint) -> int:
 
 @torch.inference_mode()
 def _compare(
-    ckpt: Checkpoint,
+    reference: _Reference,
     found: Iterable[tuple[str, Floats]],
     ids: Ids,
     mask: Ids,
     max_memory: int | None,
     reporter: Reporter,
+    tolerance: float = Tolerance().part,
     *,
     whole: bool,
 ) -> tuple[dict[str, float], Floats]:
-    """Worst absolute difference per part at real tokens; and the checkpoint's logits.
+    """Worst absolute difference per part at real tokens; and the checkpoint's logits. tolerance: of
+    a value of size 1.
 
     Of the last tokens [B, V], from what the file gave; with `whole` of all tokens [n, V], from what
     the checkpoint's own parts gave one after the other.
     """
     keep, rows, last = mask.astype(bool), np.arange(len(ids)), mask.sum(axis=1) - 1
-    reference, ceiling = _Reference(ckpt, decoder_spec_of(ckpt)), Ceiling(max_memory, "export")
+    ceiling = Ceiling(max_memory, "export")
     total, batch = reference.spec.num_layers + 2, len(ids)
     x = own = logits = torch.empty(0)
     kept: FileCache | None = None
@@ -188,12 +200,13 @@ def _compare(
     for name, value in _ahead(found):
         part, _, place = name.partition(".")
         if part == "cache":
-            kept = FileCache.of(name, value, mask, layer_scales(ckpt, int(place)))
+            kept = FileCache.of(name, value, mask, layer_scales(reference.ckpt, int(place)))
             continue
         if part in ("rotary", "rows"):
             start, stop = map(int, place.split(":"))
             expected = getattr(reference, part)(start, stop).numpy()
-            differences[part] = max(_difference(name, expected, value), differences.get(part, 0.0))
+            difference = _difference(name, expected, value, tolerance)
+            differences[part] = max(difference, differences.get(part, 0.0))
             continue
         # Both inputs of a part go through it together: its weights are read once.
         if part == "embeddings":
@@ -208,19 +221,19 @@ def _compare(
         x, expected = torch.from_numpy(value), wanted.numpy()
         if part != "head":
             expected, value = expected[keep], value[keep]
-        differences[name] = _difference(name, expected, value)
+        differences[name] = _difference(name, expected, value, tolerance)
         ceiling.check()
         reporter.progress("checking parity", len(differences.keys() - _TABLES), total, name)
     return differences, logits.numpy()
 
 
-def _difference(name: str, expected: Floats, found: Floats) -> float:
+def _difference(name: str, expected: Floats, found: Floats, tolerance: float) -> float:
     """The greatest absolute difference.
 
     Raises:
         ParityError: it is too great, or the shapes differ.
     """
-    limit = FLOAT_TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    limit = tolerance * max(1.0, float(np.abs(expected).max()))
     difference = worst(expected, found) if expected.shape == found.shape else math.inf
     if not difference <= limit:
         raise ParityError(
@@ -259,11 +272,13 @@ class _Streamed(nn.Module):
 class _Reference:
     """The checkpoint's parts in PyTorch, float32, each read when it is used.
 
-    No more than a chunk of a weight is in memory as float32.
+    No more than a chunk of a weight is in memory as float32. half: constants that are not quantized
+    are rounded to fp16, as in the file.
     """
 
     ckpt: Checkpoint
     spec: DecoderSpec
+    half: bool = False
 
     def embeddings(self, ids: Tensor) -> Tensor:
         """ids [B, S] -> [B, S, H]."""
@@ -277,8 +292,14 @@ class _Reference:
 
     def rotary(self, start: int, stop: int) -> Tensor:
         """Cosines and sines of positions `start:stop`: [2, positions, rotary dims / 2]."""
-        turn = rotation(self.spec.rope, torch.arange(start, stop)[None], torch.float32)
+        turn = self._rotation(torch.arange(start, stop)[None])
         return torch.stack([turn.cos[0, 0], turn.sin[0, 0]])
+
+    def _rotation(self, positions: Tensor) -> Rotation:
+        turn = rotation(self.spec.rope, positions, torch.float32)
+        if not self.half:
+            return turn
+        return turn._replace(cos=turn.cos.half().float(), sin=turn.sin.half().float())
 
     def block(self, index: int, x: Tensor, past: FileCache | None = None) -> Tensor:
         """Layer `index`: x [B, S, H] -> [B, S, H], every row by itself from position 0."""
@@ -289,7 +310,7 @@ class _Reference:
             if isinstance(layer, nn.Linear):
                 block.set_submodule(name, _Streamed(self, at + name, layer))
         block.load_state_dict({n: self.read(at + n) for n in block.state_dict()}, assign=True)
-        turn = rotation(self.spec.rope, torch.arange(x.shape[1])[None], x.dtype)
+        turn = self._rotation(torch.arange(x.shape[1])[None])
         result: Tensor = block(x, None, turn, past)
         return result
 
@@ -313,7 +334,7 @@ class _Reference:
         if stored not in self.ckpt.manifest.schemes:
             rows = read_weight(self.ckpt, stored, start, stop)
             check_finite(self.ckpt, stored, rows, start)
-            return rows
+            return rows.half().float() if self.half else rows
         found = read_quantized(self.ckpt, stored, start, stop)
         check_finite(self.ckpt, stored, found.scales, start)
         return found.dequantized()

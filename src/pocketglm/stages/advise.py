@@ -53,8 +53,12 @@ __all__ = ["Wanted", "advise"]
 SMALL_LOSS = 1.0  # points, or percent of a perplexity: what a gate usually allows
 _DEFAULT_TASK = "lm"
 Fits = Literal["yes", "probably", "no", "unknown"]
-# What exports of this version were never run on; what LiteRT's says of these is in delegate.json.
-_NOT_RUN = {("litert", "gpu"), ("litert", "npu"), ("executorch", "gpu"), ("executorch", "npu")}
+# What exports of this version were never run on; what LiteRT's and Core ML's say of these is in
+# delegate.json and compute.json.
+_NOT_RUN = {
+    *((runtime, unit) for runtime in ("litert", "executorch") for unit in ("gpu", "npu")),
+    *(("coreml", unit) for unit in ("cpu", "gpu", "npu")),
+}
 _ORDER = {"yes": 0, "probably": 1, "unknown": 2, "no": 3}
 
 
@@ -244,7 +248,7 @@ def workload_of(made: Made, request: Request, facts: RuntimeFacts) -> Workload:
         read_bytes=size.read_bytes,
         kv_bytes_per_token=cache,
         bits=recipe.bits,
-        activations=recipe.activations,
+        activations=recipe.activations if facts.dynamic else "float",
         prompt=request.prompt,
         generated=request.new_tokens,
         context=request.context,

@@ -226,15 +226,16 @@ def _manifest(
         request=request,
         target=name,
         runtime=target.runtime,
-        **_kind_fields(ckpt, spec, options),
+        **_kind_fields(ckpt, spec, options, lowered),
         output=lowered.outputs[0]["name"],
-        precision=precision_of(ckpt) if ckpt.manifest.schemes else "fp32",
+        precision=precision_of(ckpt) if ckpt.manifest.schemes else lowered.floats,
         model_file=lowered.model_file,
         inputs=lowered.inputs,
         outputs=lowered.outputs,
         max_length=options.max_length or max_length_of(ckpt),
         vocab_size=spec.vocab_size,
         activation=lowered.activation,
+        floats=lowered.floats,
         task=ckpt.manifest.task,
         schemes=ckpt.manifest.schemes,
         tokenizer_sha256=digest_file(folder / "tokenizer.json"),
@@ -251,7 +252,7 @@ def _manifest(
 
 
 def _kind_fields(
-    ckpt: Checkpoint, spec: EncoderSpec | DecoderSpec, options: ExportOptions
+    ckpt: Checkpoint, spec: EncoderSpec | DecoderSpec, options: ExportOptions, lowered: Lowered
 ) -> dict[str, Any]:
     """What only an encoder's or only a decoder's manifest has."""
     if isinstance(spec, EncoderSpec):
@@ -271,7 +272,7 @@ def _kind_fields(
             layers=spec.num_layers,
             kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
-            dtype="int8" if ckpt.manifest.cache else "float32",
+            dtype="int8" if ckpt.manifest.cache else lowered.cache,
             scheme=ckpt.manifest.cache,
         ),
         "command": ckpt.manifest.command,

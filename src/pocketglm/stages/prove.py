@@ -55,7 +55,7 @@ _PACKAGES = {
     "onnx": ("onnxruntime", "numpy"),
     "gguf": ("llama-cpp-python", "numpy"),
     "litert": ("ai-edge-litert", "numpy"),
-    "coreml": ("numpy",),
+    "coreml": ("coremltools", "numpy"),
 }
 
 
