@@ -47,7 +47,11 @@ class Reporter(Protocol):
         """One line of words."""
 
     def progress(self, label: str, done: int, total: int, note: str = "") -> None:
-        """`done` of `total` units of `label`; `note` is a short state such as `loss 0.41`."""
+        """`done` of `total` units of `label`; `note` is a short state such as `loss 0.41`.
+
+        A target tells the name of a part before it works on it: after a crash, that is where it
+        was.
+        """
 
 
 class Silent:
@@ -369,12 +373,14 @@ Session = EncoderSession | DecoderSession
 class Runtime:
     """Opens a folder. A package that is not in the core is imported by `errors.require`.
 
-    delegate: what `RunOptions.optimize` switches on and off; empty: nothing.
+    delegate: what `RunOptions.optimize` switches on and off; empty: nothing. emulated: on this
+    machine a reference evaluator computes what the runtime would, so speed and memory say nothing.
     """
 
     summary: str
     open: Callable[[Path, RunOptions], Session]
     delegate: str = ""
+    emulated: bool = False
 
 
 # --- tasks -------------------------------------------------------------------------------------

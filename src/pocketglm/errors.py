@@ -15,7 +15,8 @@ PocketError
     ├── DiskFullError
     ├── LockedError           another process writes the same output
     │   └── FinishedElsewhereError    or has just written it
-    └── MemoryCeilingError
+    ├── MemoryCeilingError
+    └── CrashError            a converter or runtime, or our own code
 
 The rule of a message: what was wrong, with the value; `hint` says what to do next.
 """
@@ -23,10 +24,12 @@ The rule of a message: what was wrong, with the value; `hint` says what to do ne
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 class PocketError(Exception):
@@ -114,6 +117,43 @@ class FinishedElsewhereError(LockedError):
 
 class MemoryCeilingError(WorkError):
     pass
+
+
+class CrashError(WorkError):
+    """What nobody raised on purpose, or the end of a process that should have answered."""
+
+
+def explained(error: Exception) -> PocketError:
+    """Any error as one of ours: a crash must not look like a failed gate (exit code 1)."""
+    if isinstance(error, PocketError):
+        return error
+    if isinstance(error, MemoryError):
+        return MemoryCeilingError(f"out of memory: {error}", "use a smaller batch or model")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(f"no space left on the disk: {error}", "free some space, run it again")
+    return CrashError(
+        f"{type(error).__name__}: {error}",
+        "this is a defect or a broken file: run it again with --debug and report what it prints",
+    )
+
+
+def to_json(error: PocketError) -> dict[str, Any]:
+    """An error as `--json` prints it."""
+    return {
+        "type": type(error).__name__,
+        "message": error.message,
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+    }
+
+
+def from_json(value: Mapping[str, Any]) -> PocketError:
+    """The error that `to_json` told, of the same class; its message and hint alone."""
+    kinds: list[type[PocketError]] = [PocketError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    kind = {kind.__name__: kind for kind in kinds}[value["type"]]
+    return kind(value["message"], hint=value["hint"])
 
 
 def as_lines(message: str, hint: str) -> str:

@@ -29,13 +29,22 @@ def names(kind: str) -> list[str]:
     return sorted(p.stem for p in (_ROOT / kind).glob("*.py") if not p.stem.startswith("_"))
 
 
-def load(kind: str, name: str) -> Any:
-    """Import one entry and return its `SPEC`.
+def check(kind: str, name: str) -> None:
+    """Import nothing; only know whether there is such an entry.
 
     Raises:
-        UsageError: there is no such entry; the message lists the known ones.
+        UsageError: there is none; the message lists the known ones.
     """
     known = names(kind)
     if name not in known:
         raise UsageError(f"unknown {KINDS[kind]} '{name}'", nearest(name, known))
+
+
+def load(kind: str, name: str) -> Any:
+    """Import one entry and return its `SPEC`.
+
+    Raises:
+        UsageError: there is no such entry.
+    """
+    check(kind, name)
     return importlib.import_module(f"pocketglm.{kind}.{name}").SPEC

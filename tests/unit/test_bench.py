@@ -20,7 +20,8 @@ from pocketglm.model.encoder import init_encoder, with_classifier
 from pocketglm.model.hf import save_encoder
 from pocketglm.model.spec import EncoderSpec
 from pocketglm.stages import _device
-from pocketglm.stages._measure import Worker, peak_rss, sample
+from pocketglm.stages._measure import Worker, sample
+from pocketglm.stages._memory import peak_rss
 from pocketglm.stages.bench import bench
 from pocketglm.stages.export import export
 
@@ -108,7 +109,7 @@ def test_a_crash_tells_its_last_line(tmp_path: Path) -> None:
 
 def test_the_peak_is_that_of_the_process_and_not_of_its_parent() -> None:
     ballast = np.ones(50_000_000)  # 400 MB here, none of it there
-    code = "from pocketglm.stages._measure import peak_rss; print(peak_rss())"
+    code = "from pocketglm.stages._memory import peak_rss; print(peak_rss())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 10_000_000 < int(done.stdout) < ballast.nbytes < peak_rss()
 

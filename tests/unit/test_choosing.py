@@ -68,7 +68,7 @@ def test_the_page_in_markdown(advice: Advice) -> None:
         else:
             widths = []
     assert "Tiny, Mini and Base on Xiaomi 14" in page
-    assert re.search(r"Base 1\.1 B fp32 \| onnx cpu .*\| no: ", page)
+    assert re.search(r"Base 1\.1 B fp32 \| \w+ cpu .*\| no: ", page)
     notes = set(re.findall(r"\\\[(\d+)\\\]", page.split("## Where the losses")[0]))
     assert notes == set(re.findall(r"^\* \\\[(\d+)\\\]", page, re.M))
 

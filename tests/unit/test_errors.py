@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from pocketglm import errors
 from pocketglm.errors import (
     CheckpointError,
+    CrashError,
     DataError,
     DiskFullError,
     FinishedElsewhereError,
@@ -27,8 +30,11 @@ from pocketglm.errors import (
     UsageError,
     WorkError,
     as_lines,
+    explained,
+    from_json,
     nearest,
     require,
+    to_json,
 )
 
 EXIT_CODES: dict[type[PocketError], int] = {
@@ -47,6 +53,7 @@ EXIT_CODES: dict[type[PocketError], int] = {
     LockedError: 4,
     FinishedElsewhereError: 4,
     MemoryCeilingError: 4,
+    CrashError: 4,
     PocketError: 4,
 }
 
@@ -72,6 +79,27 @@ def test_message_and_hint_survive_a_process_boundary(kind: type[PocketError]) ->
     error = pickle.loads(pickle.dumps(kind("it broke", hint="mend it")))
     assert type(error) is kind
     assert (error.message, error.hint, str(error)) == ("it broke", "mend it", "it broke")
+    value = json.loads(json.dumps(to_json(error)))
+    assert value["exit_code"] == kind.exit_code
+    again = from_json(value)
+    assert (type(again), again.message, again.hint) == (kind, "it broke", "mend it")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (UsageError("no"), UsageError, "no"),
+        (MemoryError("8 GB"), MemoryCeilingError, "out of memory: 8 GB"),
+        (OSError(errno.ENOSPC, "full"), DiskFullError, "no space left on the disk: "),
+        (OSError(errno.EIO, "broken"), CrashError, "OSError: "),
+        (KeyError("x"), CrashError, "KeyError: 'x'"),
+    ],
+)
+def test_any_error_is_explained(error: Exception, kind: type[PocketError], message: str) -> None:
+    told = explained(error)
+    assert type(told) is kind
+    assert told.message.startswith(message)
+    assert told.hint or told is error
 
 
 @pytest.mark.parametrize("kind", [DataError, PlanError])

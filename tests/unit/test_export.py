@@ -282,10 +282,10 @@ def test_a_stopped_export_leaves_nothing_in_its_place_and_runs_again(
         "import os, signal, sys; from pathlib import Path\n"
         "from pocketglm.stages.export import export\n"
         "class Kill:\n"
-        "    def say(self, text):\n"
-        "        if text.startswith('checking parity, block'):\n"
+        "    def say(self, text): pass\n"
+        "    def progress(self, label, *state):\n"
+        "        if label == 'checking parity':\n"
         f"            os.kill(os.getpid(), {int(number)})\n"
-        "    def progress(self, *state): pass\n"
         f"export(Path({str(tiny)!r}), ['onnx'], Path({str(tmp_path / 'out')!r}), reporter=Kill())"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)

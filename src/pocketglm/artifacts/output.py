@@ -174,6 +174,22 @@ def output_folder(
             os.close(handle)
 
 
+def drop_unfinished(out: Path) -> None:
+    """Remove what a process that died left of `out`, unless another one writes it by now.
+
+    Only for work that cannot resume.
+    """
+    partial = out.with_name(out.name + ".partial")
+    if not (partial / REQUEST).is_file():
+        return
+    with suppress(LockedError):
+        handle = _lock(partial)
+        try:
+            shutil.rmtree(partial)
+        finally:
+            os.close(handle)
+
+
 def _lock(partial: Path) -> int:
     """An fd that holds the lock of the folder that `partial` names now."""
     while True:

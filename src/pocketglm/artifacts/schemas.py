@@ -8,6 +8,7 @@ from pocketglm.artifacts.export import Parity
 from pocketglm.artifacts.manifest import Step
 from pocketglm.artifacts.proof import Claim, Verdict
 from pocketglm.contracts import Config
+from pocketglm.errors import PocketError
 
 
 class MetricResult(Config):
@@ -227,7 +228,11 @@ class CompressResult(Config):
 
 
 class TargetResult(Config):
-    """`error` says what was wrong, `hint` what to do next."""
+    """`error` says what was wrong, `hint` what to do next.
+
+    peak_memory: the most bytes that the target's own process had in memory; null: it had none, or
+    had nothing to do. log: what a target printed that crashed or was stopped.
+    """
 
     target: str
     ok: bool
@@ -236,9 +241,22 @@ class TargetResult(Config):
     precision: str = ""
     bytes: int = 0
     parity: Parity | None = None
+    peak_memory: int | None = None
     error: str | None = None
     hint: str = ""
     exit_code: int = 0
+    log: str | None = None
+
+    @classmethod
+    def failed(cls, target: str, error: PocketError) -> TargetResult:
+        """Of a target that could not be exported."""
+        return cls(
+            target=target,
+            ok=False,
+            error=error.message,
+            hint=error.hint,
+            exit_code=error.exit_code,
+        )
 
 
 class ExportResult(Config):

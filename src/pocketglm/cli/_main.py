@@ -7,8 +7,8 @@ docstring, read without importing it, so `pocketglm --help` loads neither torch 
 from __future__ import annotations
 
 import ast
-import errno
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -19,13 +19,12 @@ import typer
 from pocketglm import __version__, registry
 from pocketglm.artifacts import digests
 from pocketglm.errors import (
-    DiskFullError,
     FinishedElsewhereError,
-    MemoryCeilingError,
     PocketError,
     UsageError,
-    WorkError,
     as_lines,
+    explained,
+    to_json,
 )
 
 _HERE = Path(__file__).parent
@@ -75,6 +74,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     # from the threads that are waited for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in args
+    if debug:  # what processes that crashed have printed, too
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("pocketglm").setLevel(logging.DEBUG)
     args = [a for a in args if a != "--debug"]
     if not args or args[0] in ("--help", "-h", "help"):
         sys.stdout.write(usage())
@@ -118,19 +120,10 @@ def _run(args: list[str]) -> int | None:
 
 
 def _explain(error: Exception, verb: str) -> PocketError:
-    """Any error as one of ours: a crash must not look like a failed gate (exit code 1)."""
-    if isinstance(error, PocketError):
-        return error
+    """Any error as one of ours."""
     if isinstance(error, typer.TyperException):
         return UsageError(_with_value(error), f"pocketglm {verb} --help")
-    if isinstance(error, MemoryError):
-        return MemoryCeilingError(f"out of memory: {error}", "use a smaller batch or model")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(f"no space left on the disk: {error}", "free some space, run it again")
-    return WorkError(
-        f"{type(error).__name__}: {error}",
-        "this is a defect or a broken file: run it again with --debug and report what it prints",
-    )
+    return explained(error)
 
 
 def _with_value(error: typer.TyperException) -> str:
@@ -145,13 +138,7 @@ def _with_value(error: typer.TyperException) -> str:
 
 def _fail(error: PocketError, as_json: bool) -> NoReturn:
     if as_json:
-        value = {
-            "type": type(error).__name__,
-            "message": error.message,
-            "hint": error.hint,
-            "exit_code": error.exit_code,
-        }
-        print(json.dumps({"error": value}, ensure_ascii=False))
+        print(json.dumps({"error": to_json(error)}, ensure_ascii=False))
     sys.stderr.write(as_lines(error.message, error.hint))
     sys.stderr.flush()
     sys.exit(error.exit_code)

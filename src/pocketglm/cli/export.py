@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from pocketglm.artifacts.schemas import ExportResult
 from pocketglm.cli._common import (
     Force,
     Json,
-    MaxMemory,
     Out,
     Progressive,
     emit,
@@ -21,7 +21,7 @@ from pocketglm.cli._common import (
 from pocketglm.contracts import ComputeUnits, ExportOptions
 from pocketglm.errors import as_lines
 from pocketglm.stages._memory import parse_size
-from pocketglm.stages.export import export
+from pocketglm.stages.export_each import export_each
 
 DeploymentTarget = Annotated[
     Literal["iOS15", "iOS16", "iOS17", "iOS18"] | None,
@@ -81,11 +81,19 @@ def main(
     deployment_target: DeploymentTarget = None,
     compute_units: Units = None,
     compute_precision: Precision = None,
-    max_memory: MaxMemory = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that each target may use, e.g. 800MB: refused up front, or stopped there."
+        ),
+    ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Write OUT/TARGET/ for every target; each that works is kept."""
+    """Write OUT/TARGET/ for every target, each in a process of its own; each that works is kept.
+
+    What a target printed that crashed or was stopped is in OUT/TARGET.log.
+    """
     targets = [name.strip() for name in target.split(",") if name.strip()]
     options = ExportOptions(
         opset=opset,
@@ -99,31 +107,37 @@ def main(
         compute_precision=compute_precision,
     )
     with Progressive() as reporter:
-        result = export(checkpoint, targets, out, options=options, force=force, reporter=reporter)
+        result = export_each(
+            checkpoint, targets, out, options=options, force=force, reporter=reporter
+        )
     for entry in result.targets:
         if entry.error:
             sys.stderr.write(as_lines(f"{entry.target}: {entry.error}", entry.hint))
 
-    def words() -> None:
-        rows = []
-        for entry in result.targets:
-            parity = entry.parity
-            rows.append(
-                [
-                    entry.target,
-                    "already done" if entry.already_done else "ok" if entry.ok else "failed",
-                    entry.precision,
-                    megabytes(entry.bytes) if entry.ok else "",
-                    f"{parity.output_max_abs:.2g} (limit {parity.tolerance:.2g})" if parity else "",
-                    entry.out or "",
-                ]
-            )
-        table("", ["target", "", "precision", "size", "worst difference", "folder"], rows)
-
-    emit(result, json, words)
+    emit(result, json, lambda: _show(result))
     code = max((entry.exit_code for entry in result.targets), default=0)
     if code:
         raise typer.Exit(code)
+
+
+def _show(result: ExportResult) -> None:
+    """One row per target."""
+    rows = []
+    for entry in result.targets:
+        parity = entry.parity
+        rows.append(
+            [
+                entry.target,
+                "already done" if entry.already_done else "ok" if entry.ok else "failed",
+                entry.precision,
+                megabytes(entry.bytes) if entry.ok else "",
+                f"{parity.output_max_abs:.2g} (limit {parity.tolerance:.2g})" if parity else "",
+                megabytes(entry.peak_memory) if entry.peak_memory else "",
+                entry.out or "",
+            ]
+        )
+    columns = ["target", "", "precision", "size", "worst difference", "peak memory", "folder"]
+    table("", columns, rows)
 
 
 SPEC = main

@@ -1,10 +1,12 @@
-"""Keeps native libraries from writing to stderr. Torch-free."""
+"""Keeps other libraries from writing to stderr. Torch-free."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,3 +27,16 @@ def silence() -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """`silence`, and Python's warnings and log lines below errors stay away too."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), silence():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -151,4 +151,5 @@ SPEC = Runtime(
     summary="Core ML on a Mac; elsewhere a reference evaluator of the same package",
     open=open_export,
     delegate="" if runs_here() else "fp16",
+    emulated=not runs_here(),
 )

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -38,20 +37,7 @@ from pocketglm.errors import (
     WorkError,
 )
 from pocketglm.runtimes import open_session
-
-
-def peak_rss() -> int:
-    """Peak resident memory of this process in bytes.
-
-    Linux: VmHWM. `ru_maxrss` starts at the parent's peak there, because exec keeps it.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+from pocketglm.stages._memory import peak_rss
 
 
 def sample(path: Path, batch: int, tokens: int) -> tuple[Ids, Ids]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import math
 import re
+import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -62,6 +64,23 @@ def keep_freed_memory() -> None:
 def resident() -> int:
     """Bytes of this process that are in memory now."""
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_rss(pid: int | None = None) -> int:
+    """Most bytes that this process has had in memory at once; of another one (`pid`) where Linux
+    tells it (VmHWM), elsewhere what it has now.
+
+    `ru_maxrss` would start at the parent's peak on Linux, because exec keeps it.
+    """
+    status = Path(f"/proc/{pid or 'self'}/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if pid is not None:
+        return int(psutil.Process(pid).memory_info().rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass(frozen=True, slots=True)

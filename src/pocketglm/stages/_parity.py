@@ -108,11 +108,11 @@ def check_parity(
             values.copy_(values.half())
     batches = list(_samples(folder, manifest.max_length))
     file = folder / manifest.model_file
-    reporter.say("checking parity, block by block")
     blocks: dict[str, float] = {}
     for batch in batches:
-        for name, difference in _compare_blocks(model, target, file, batch).items():
+        for name, difference in _compare_blocks(model, target, file, batch, reporter).items():
             blocks[name] = max(difference, blocks.get(name, 0.0))
+    reporter.progress("checking parity", len(blocks), len(blocks))
     reporter.say("checking parity of the whole file, as shipped and without its delegate")
     with torch.inference_mode(), quantized_inputs(model, input_grids(ckpt, model)):
         wanted = np.concatenate([_torch(model, batch).numpy() for batch in batches])
@@ -181,7 +181,9 @@ def _torch(model: Encoder, batch: _Batch) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _compare_blocks(model: Encoder, target: Target, file: Path, batch: _Batch) -> dict[str, float]:
+def _compare_blocks(
+    model: Encoder, target: Target, file: Path, batch: _Batch, reporter: Reporter
+) -> dict[str, float]:
     """Worst absolute difference per block, at tokens that are not padding.
 
     Raises:
@@ -190,9 +192,10 @@ def _compare_blocks(model: Encoder, target: Target, file: Path, batch: _Batch) -
     ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.mask)
     found = target.blocks(file, batch.ids, batch.mask)
     attend, keep = mask.bool()[:, None, None, :], mask.bool().numpy()
-    differences = {}
+    differences: dict[str, float] = {}
     x = torch.empty(0)
     for name, value in found:
+        reporter.progress("checking parity", len(differences), model.spec.num_layers + 2, name)
         if name == "embeddings":
             wanted = model.embeddings(ids)
         elif name == "head":

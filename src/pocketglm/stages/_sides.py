@@ -51,8 +51,8 @@ def open_side(path: Path) -> Side:
     return Side(folder, name, manifest)
 
 
-def describe(side: Side, timings: Timings, metrics: Mapping[str, Metric]) -> dict[str, Any]:
-    """What `proof.json` says of one side."""
+def describe(side: Side, timings: Timings | None, metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    """What `proof.json` says of one side. timings: None: they could not be taken here."""
     manifest = side.manifest
     made = {"method": "export", "settings": {"target": manifest.target, **manifest.minimum}}
     return {
@@ -74,26 +74,33 @@ def describe(side: Side, timings: Timings, metrics: Mapping[str, Metric]) -> dic
         "activation": manifest.activation,
         "parity": manifest.parity.model_dump(mode="json", exclude={"blocks"}),
         "delegate": registry.load("runtimes", manifest.runtime).delegate,
-        "p50_ms": float(np.percentile(timings.samples, 50)),
-        "p99_ms": float(np.percentile(timings.samples, 99)),
-        "load_ms": float(np.median(timings.loads)),
-        "peak_rss_bytes": int(np.median(timings.peaks)),
+        **(_measured(timings) if timings else {}),
         "metrics": {
             name: {"value": m.value, "n": m.n, "low": m.low, "high": m.high}
             for name, m in metrics.items()
         },
-        **(_decoder(manifest, timings) if manifest.kind == "decoder" else {}),
+        **(_decoder(manifest) if manifest.kind == "decoder" else {}),
         **manifest.origin,
     }
 
 
-def _decoder(manifest: ExportManifest, timings: Timings) -> dict[str, Any]:
+def _measured(timings: Timings) -> dict[str, Any]:
+    prompts = timings.prompts
+    return {
+        "p50_ms": float(np.percentile(timings.samples, 50)),
+        "p99_ms": float(np.percentile(timings.samples, 99)),
+        "load_ms": float(np.median(timings.loads)),
+        "peak_rss_bytes": int(np.median(timings.peaks)),
+        **({"first_token_ms": float(np.median(timings.prompt_medians))} if prompts else {}),
+    }
+
+
+def _decoder(manifest: ExportManifest) -> dict[str, Any]:
     return {
         "kind": "decoder",
         "logits": manifest.logits,
         "cache_bytes_per_token": manifest.cache.bytes_per_token if manifest.cache else None,
         "intents": list(manifest.command.intents) if manifest.command else [],
-        "first_token_ms": float(np.median(timings.prompt_medians)),
     }
 
 

@@ -55,7 +55,10 @@ _DEFAULT_TASK = "lm"
 Fits = Literal["yes", "probably", "no", "unknown"]
 # What exports of this version were never run on; what LiteRT's and Core ML's say of these is in
 # delegate.json and compute.json.
-_NOT_RUN = {("litert", "gpu"), ("litert", "npu"), *(("coreml", u) for u in ("cpu", "gpu", "npu"))}
+_NOT_RUN = {
+    *((runtime, unit) for runtime in ("litert", "executorch") for unit in ("gpu", "npu")),
+    *(("coreml", unit) for unit in ("cpu", "gpu", "npu")),
+}
 _ORDER = {"yes": 0, "probably": 1, "unknown": 2, "no": 3}
 
 

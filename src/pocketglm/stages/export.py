@@ -24,11 +24,11 @@ from pocketglm.artifacts.output import REQUEST, is_done, output_folder
 from pocketglm.artifacts.schemas import ExportResult, TargetResult
 from pocketglm.contracts import ExportOptions, Lowered, Reporter, Silent, Target
 from pocketglm.errors import (
+    CrashError,
     FinishedElsewhereError,
     PocketError,
     UnsupportedError,
     UsageError,
-    WorkError,
 )
 from pocketglm.model.hf import (
     check_tensors,
@@ -41,6 +41,7 @@ from pocketglm.model.hf import (
 from pocketglm.model.spec import DecoderSpec, EncoderSpec
 from pocketglm.ops.stored import parameter_counts, precision_of
 from pocketglm.runtimes._cores import usable_cores
+from pocketglm.stages._isolated import Trail
 from pocketglm.stages._memory import Ceiling, keep_freed_memory
 from pocketglm.stages._parity import check_parity, encoder_buffers
 from pocketglm.stages._parity_decoder import check_decoder_parity, decoder_buffers
@@ -72,6 +73,52 @@ def export(
     if not targets:
         raise UsageError("no target named", f"known: {', '.join(registry.names('targets'))}")
     loaded: dict[str, Target] = {name: registry.load("targets", name) for name in targets}
+    ckpt = _open(path, options)
+    digest = ckpt.digest()
+    results = []
+    for index, (name, target) in enumerate(loaded.items()):
+        reporter.progress("export", index, len(loaded), name)
+        try:
+            results.append(
+                _export(ckpt, digest, name, target, out / name, options, force, reporter)
+            )
+        except PocketError as error:
+            results.append(TargetResult.failed(name, error))
+    reporter.progress("export", len(loaded), len(loaded))
+    return ExportResult(out=str(out), targets=results)
+
+
+def export_target(
+    path: str,
+    digest: str,
+    name: str,
+    out: str,
+    options: dict[str, Any],
+    force: bool,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """One target of `export` from and to JSON values, for the process that `export_each` starts.
+
+    digest: the checkpoint's. options: of ExportOptions.
+
+    Raises:
+        UsageError, CheckpointError: as `export`.
+        CrashError: the converter or a runtime crashed.
+    """
+    chosen = ExportOptions(**options)
+    ckpt = _open(Path(path), chosen)
+    target: Target = registry.load("targets", name)
+    try:
+        result = _export(ckpt, digest, name, target, Path(out) / name, chosen, force, reporter)
+    except CrashError:
+        raise
+    except PocketError as error:
+        result = TargetResult.failed(name, error)
+    return result.model_dump(mode="json")
+
+
+def _open(path: Path, options: ExportOptions) -> Checkpoint:
+    """The checkpoint, checked as far as every target needs it."""
     ckpt = Checkpoint.open(path)
     check_tensors(ckpt)
     spec = model_spec_of(ckpt)
@@ -82,26 +129,7 @@ def export(
             f"--max-length {options.max_length}: the model has {limit} positions",
             f"choose 2 to {limit}",
         )
-    digest = ckpt.digest()
-    results = []
-    for index, (name, target) in enumerate(loaded.items()):
-        reporter.progress("export", index, len(loaded), name)
-        try:
-            results.append(
-                _export(ckpt, digest, name, target, out / name, options, force, reporter)
-            )
-        except PocketError as error:
-            results.append(
-                TargetResult(
-                    target=name,
-                    ok=False,
-                    error=error.message,
-                    hint=error.hint,
-                    exit_code=error.exit_code,
-                )
-            )
-    reporter.progress("export", len(loaded), len(loaded))
-    return ExportResult(out=str(out), targets=results)
+    return ckpt
 
 
 def _export(
@@ -162,6 +190,8 @@ def _write(
 ) -> None:
     _discard(folder)  # what a killed run left
     keep_freed_memory()
+    reporter = trail = Trail(reporter)
+    reporter.say(f"exporting to {name}")
     try:
         lowered = target.lower(ckpt, folder, options, reporter)
         manifest = _manifest(ckpt, digest, request, name, target, folder, options, lowered)
@@ -173,9 +203,9 @@ def _write(
     except (PocketError, OSError, MemoryError):
         raise
     except Exception as error:  # a converter or runtime that crashed
-        raise WorkError(
-            f"target {name} failed on {ckpt.path}: {type(error).__name__}: {error}",
-            "run it again with --debug and report what it prints",
+        raise CrashError(
+            f"target {name} failed on {ckpt.path}: {type(error).__name__}: {error}{trail.at}",
+            "this is a defect, or a limit of the converter: please report it",
         ) from error
     write_json(folder / EXPORT, manifest.model_copy(update={"parity": parity}))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import shlex
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from pocketglm.contracts import (
     DataOptions,
     ExportOptions,
     Reporter,
+    Runtime,
     Silent,
     Task,
 )
@@ -40,7 +41,7 @@ from pocketglm.stages._claims import Builder, Gates
 from pocketglm.stages._sides import Side, describe, model_bytes, open_side
 from pocketglm.stages._task import Job, compare, read_rows
 from pocketglm.stages._timing import Timings, interleave
-from pocketglm.stages.export import export as export_checkpoint
+from pocketglm.stages.export_each import export_each
 from pocketglm.text.tokenizer import Tokenizer
 
 __all__ = ["Gates", "exit_code", "prove"]
@@ -50,6 +51,7 @@ TOKENS = 32
 PROMPT, NEW_TOKENS = 128, 64  # of a decoder; less where its context is short
 _PAIRS = 7  # the fewest that give an interval and survive an outlier
 _PACKAGES = {
+    "executorch": ("executorch", "torch"),
     "onnx": ("onnxruntime", "numpy"),
     "gguf": ("llama-cpp-python", "numpy"),
     "litert": ("ai-edge-litert", "numpy"),
@@ -109,6 +111,8 @@ def prove(
     else:
         _check_labels(other, candidate)
     data = held_out(other.path, held_out(candidate.path, data, reporter), reporter)
+    if _is_emulated(candidate):
+        _check_untimed(candidate, gates)
     rows = read_rows(data, task, gates)
     threads = threads or candidate.manifest.threads or usable_cores()
     job = Job(task, data, gates, threads, pairs, max_length, rows)
@@ -174,7 +178,7 @@ def _baseline(path: Path) -> Side | Checkpoint:
 def _export(checkpoint: Checkpoint, candidate: Side, folder: Path, reporter: Reporter) -> Side:
     target = candidate.manifest.target
     reporter.say(f"exporting the baseline {checkpoint.path} to {target}, fp32")
-    result = export_checkpoint(
+    result = export_each(
         checkpoint.path,
         [target],
         folder,
@@ -246,6 +250,17 @@ def _check_decoders(baseline: Side | Checkpoint, candidate: Side, task: str) -> 
         check_vocabularies(candidate.path, Tokenizer.load(candidate.path), baseline.path)
 
 
+def _check_untimed(candidate: Side, gates: Gates) -> None:
+    for gate in ("min_speedup", "max_latency_ms", "max_memory_mb"):
+        if getattr(gates, gate) is not None:
+            option = "--" + gate.replace("_", "-")
+            raise UsageError(
+                f"{option}: {candidate.manifest.runtime} does not run on this machine, its "
+                "reference evaluator says nothing about speed or memory",
+                f"leave {option} out, or prove it where the runtime runs",
+            )
+
+
 # --- measuring ---------------------------------------------------------------------------------
 
 
@@ -257,11 +272,17 @@ def _measure(
     build = Builder(_device.short(device, job.threads))
     found = compare(build, sides, job, reporter)
     tokens, new = _lengths(sides)
-    timings = interleave(
-        baseline.path, candidate.path, tokens, job.threads, job.pairs, reporter, new
+    emulated = _is_emulated(candidate)
+    timings = (
+        None
+        if emulated
+        else interleave(
+            baseline.path, candidate.path, tokens, job.threads, job.pairs, reporter, new
+        )
     )
     claims = [*found.claims, *_machine_claims(build, sides, timings, tokens, job.gates)]
     _claims.check_gates(claims, job.gates)
+    before, after = timings or (None, None)
     return Proof(
         request=request,
         created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -274,27 +295,42 @@ def _measure(
             **found.counts,
             "digest": job.rows,
         },
-        candidate=describe(candidate, timings[1], found.metrics[1]),
-        baseline=describe(baseline, timings[0], found.metrics[0]),
+        candidate=describe(candidate, after, found.metrics[1]),
+        baseline=describe(baseline, before, found.metrics[0]),
         claims=claims,
         verdict=overall(claims),
         details={
             "command": command,
-            "latency": {
-                **{
-                    name: [round(float(ms), 4) for ms in side.samples]
-                    for name, side in zip(("baseline", "candidate"), timings, strict=True)
-                },
-                "batch": 1,
-                "tokens": tokens,
-                **({"new_tokens": new} if new else {}),
-                "threads": job.threads,
-                "pairs": job.pairs,
-            },
+            **({"latency": _latency(timings, tokens, new, job)} if timings else {}),
             **found.details,
-            **({"notes": [*found.notes, _speed_note(tokens, new)]} if new else {}),
+            **({"notes": notes} if (notes := _notes(found.notes, tokens, new, emulated)) else {}),
         },
     )
+
+
+def _latency(timings: tuple[Timings, Timings], tokens: int, new: int, job: Job) -> dict[str, Any]:
+    return {
+        **{
+            name: [round(float(ms), 4) for ms in side.samples]
+            for name, side in zip(("baseline", "candidate"), timings, strict=True)
+        },
+        "batch": 1,
+        "tokens": tokens,
+        **({"new_tokens": new} if new else {}),
+        "threads": job.threads,
+        "pairs": job.pairs,
+    }
+
+
+def _is_emulated(side: Side) -> bool:
+    runtime: Runtime = registry.load("runtimes", side.manifest.runtime)
+    return runtime.emulated
+
+
+def _notes(found: Sequence[str], tokens: int, new: int, emulated: bool) -> list[str]:
+    if emulated:
+        return [*found, "computed by the runtime's reference evaluator: no speed, no memory"]
+    return [*found, _speed_note(tokens, new)] if new else []
 
 
 def _speed_note(tokens: int, new: int) -> str:
@@ -312,22 +348,21 @@ def _lengths(sides: tuple[Side, Side]) -> tuple[int, int]:
 def _machine_claims(
     build: Builder,
     sides: tuple[Side, Side],
-    timings: tuple[Timings, Timings],
+    timings: tuple[Timings, Timings] | None,
     tokens: int,
     gates: Gates,
 ) -> list[Claim]:
     a, b = sides
     files = (model_bytes(a.manifest), model_bytes(b.manifest))
+    sizes = _claims.size_claims(build, files, (a.folder_bytes, b.folder_bytes), gates)
+    if timings is None:
+        return sizes
     speed = (
         _claims_decoder.speed_claims(build, *timings, tokens, gates)
         if b.manifest.kind == "decoder"
         else _claims.speed_claims(build, *timings, gates)
     )
-    return [
-        *speed,
-        *_claims.size_claims(build, files, (a.folder_bytes, b.folder_bytes), gates),
-        *_claims.memory_claims(build, *timings, gates),
-    ]
+    return [*speed, *sizes, *_claims.memory_claims(build, *timings, gates)]
 
 
 # --- what was asked ----------------------------------------------------------------------------

@@ -13,6 +13,8 @@ product. Top-k attention: `model/sparse.py`. The residual stream is named `embed
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -66,11 +68,15 @@ class DecoderModel:
         """All graphs."""
         model, sizes = FlatModel(), prefills_of(self.context)
         plans = [(f"prefill_{n}", n, not self.last) for n in sizes] + [(DECODE, 1, True)]
+        total = len(plans) * self.spec.num_layers
         for index, (name, tokens, logits) in enumerate(plans):
-            reporter.progress("writing graphs", index, len(plans), name)
-            _DecoderGraph(self, model.subgraph(name), tokens).build(logits=logits)
-        reporter.progress("writing graphs", len(plans), len(plans))
+            tell = partial(self._tell, reporter, name, index * self.spec.num_layers, total)
+            _DecoderGraph(self, model.subgraph(name), tokens).build(tell, logits=logits)
+        reporter.progress("writing graphs", total, total)
         return model
+
+    def _tell(self, reporter: Reporter, name: str, first: int, total: int, block: int) -> None:
+        reporter.progress("writing graphs", first + block, total, f"{name} block.{block}")
 
 
 class _DecoderGraph:
@@ -80,7 +86,8 @@ class _DecoderGraph:
         self.plan, self.spec, self.weights, self.g = plan, plan.spec, plan.weights, g
         self.tokens = tokens
 
-    def build(self, *, logits: bool) -> None:
+    def build(self, tell: Callable[[int], None], *, logits: bool) -> None:
+        """`tell` is called with the number of each block before it is built."""
         g, spec, n = self.g, self.spec, self.tokens
         ids = g.input("tokens", (1, n), "INT32")
         self._positions = g.input("input_pos", (n,), "INT32")
@@ -94,6 +101,7 @@ class _DecoderGraph:
         words = embedding(g, self.weights, "tokens", flat)
         x = reshape(g, words, 1, n, spec.hidden_size, out="embeddings")
         for index in range(spec.num_layers if logits else spec.num_layers - 1):
+            tell(index)
             x = self._block(x, index)
         if not logits:
             self._fill(x, spec.num_layers - 1)

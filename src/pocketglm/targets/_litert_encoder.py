@@ -10,6 +10,7 @@ them.
 
 from __future__ import annotations
 
+from pocketglm.contracts import Reporter
 from pocketglm.model.spec import EncoderSpec
 from pocketglm.targets._litert_graph import FlatModel, Subgraph
 from pocketglm.targets._litert_linear import (
@@ -37,7 +38,7 @@ class EncoderGraph:
         self.model = FlatModel()
         self.g: Subgraph = self.model.subgraph(SIGNATURE)
 
-    def build(self) -> FlatModel:
+    def build(self, reporter: Reporter) -> FlatModel:
         """int32 ids and mask [1, S] -> logits [1, C], or the embedding [1, H]."""
         g, shape = self.g, (1, self.length)
         ids = g.input("input_ids", shape, "INT32", free=1)
@@ -54,7 +55,9 @@ class EncoderGraph:
         self._bias = binary(g, "MUL", padding, g.scalar(_MASKED))
         x = self._embeddings(ids, mask)
         for index in range(self.spec.num_layers):
+            reporter.progress("writing blocks", index, self.spec.num_layers, f"block.{index}")
             x = self._block(x, index)
+        reporter.progress("writing blocks", self.spec.num_layers, self.spec.num_layers)
         self._head(x)
         return self.model
 

@@ -101,7 +101,7 @@ class DecoderGraph:
             self._sparse = SparseAttention(g, spec, top_k, self._cos, self._sin)
         x = self._embeddings()
         for index in range(spec.num_layers):
-            reporter.progress("writing blocks", index, spec.num_layers)
+            reporter.progress("writing blocks", index, spec.num_layers, f"block.{index}")
             x = self._block(x, index)
         reporter.progress("writing blocks", spec.num_layers, spec.num_layers)
         self._head(x)

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from pocketglm.contracts import Reporter
 from pocketglm.model.spec import EncoderSpec
 from pocketglm.targets._onnx_graph import GraphBuilder, Shape
 from pocketglm.targets._onnx_linear import (
@@ -52,13 +53,15 @@ class EncoderGraph:
         self.g = GraphBuilder()
         self.outputs: dict[str, Shape] = {}
 
-    def build(self) -> onnx.ModelProto:
+    def build(self, reporter: Reporter) -> onnx.ModelProto:
         """The whole model: int64 ids and mask [B, S] -> logits [B, C], or embeddings [B, H]."""
         self._mask = self.g.op("Cast", "attention_mask", to=TensorProto.FLOAT)
         self._bias = self._raw_mask = ""
         x = self._embeddings()
         for index in range(self.spec.num_layers):
+            reporter.progress("writing blocks", index, self.spec.num_layers, f"block.{index}")
             x = self._block(x, index)
+        reporter.progress("writing blocks", self.spec.num_layers, self.spec.num_layers)
         self._head(x)
         return self.g.model(INPUTS, self.outputs, self.opset)
 

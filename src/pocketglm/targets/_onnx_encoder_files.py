@@ -69,8 +69,7 @@ def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporte
     spec = spec_of(ckpt)
     max_length = options.max_length or max_length_of(ckpt)
     graph = EncoderGraph(spec, Weights(ckpt), max_length, options.opset or DEFAULT_OPSET)
-    reporter.say("writing the ONNX graph")
-    model = graph.build()
+    model = graph.build(reporter)
     # The linear layers name the file; the embedding, if it alone is quantized.
     schemes = _linear_schemes(ckpt) or ckpt.manifest.schemes.values()
     name, dtype = _FILES[min((scheme.bits for scheme in schemes), default=32)]

@@ -92,9 +92,10 @@ def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporte
     }
     with Writer(out / MODEL, head, tensors) as writer:
         for index, source in enumerate(sources):
+            reporter.progress("writing", index, len(sources), source.name)
             for chunk in weights.chunks(source):
                 writer.write(source.name, chunk)
-            reporter.progress("writing", index + 1, len(sources), source.name)
+    reporter.progress("writing", len(sources), len(sources))
     write_tokenizer(ckpt, out, length)
     reporter.say("reading the weights back")
     check_values(out / MODEL, weights, sources)
