@@ -46,7 +46,7 @@ def exported(folder: Path, out: Path, **options: Any) -> tuple[Path, ExportManif
     return out / "coreml", read_export(out / "coreml")
 
 
-@pytest.mark.parametrize(("name", "units"), zip(WIDE, itertools.cycle(UNITS), strict=False))
+@pytest.mark.parametrize(("name", "units"), list(zip(WIDE, itertools.cycle(UNITS), strict=False)))
 def test_families(name: str, units: Any, tmp_path: Path) -> None:
     """Parity in export compares every block, the tables and the whole, in fp16 and in float32; both
     layouts take turns.
@@ -104,7 +104,7 @@ FORMS: dict[str, tuple[str, dict[str, TensorScheme]]] = {
 }
 
 
-@pytest.mark.parametrize(("form", "units"), zip(FORMS, itertools.cycle(UNITS), strict=False))
+@pytest.mark.parametrize(("form", "units"), list(zip(FORMS, itertools.cycle(UNITS), strict=False)))
 def test_quantized_forms(form: str, units: Any, tmp_path: Path) -> None:
     """The integers are the checkpoint's, and stored once for both functions."""
     family, schemes = FORMS[form]
