@@ -75,7 +75,7 @@ def _because(form: Form, chip: str, static: bool) -> str:
     if form.units == "cpuAndGPU":
         if static:
             return "INT8 inputs are rounded on the way: only the Neural Engine gains from them"
-        return "flexible shapes and linear layers; weights are decompressed where they are used"
+        return "linear layers; weights are decompressed where they are used"
     if static and chip in _INTEGER:
         return "its Neural Engine multiplies INT8 by INT8 faster than fp16"
     if static:

@@ -1,4 +1,4 @@
-"""A checkpoint's weights as the constants of a LiteRT file, by our parameter names."""
+"""A checkpoint's weights as the constants of a LiteRT or Core ML file, by our parameter names."""
 
 from __future__ import annotations
 
