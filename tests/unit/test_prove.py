@@ -525,3 +525,29 @@ def test_parts_add_up_to_the_file(world: World) -> None:
     assert all(size > 0 for size in parts.values())
     assert parts["embedding"] > parts["head"]
     assert parts_of(manifest.model_copy(update={"parameters": {}})) == {}
+
+
+def test_an_emulated_runtime_gets_no_claim_of_speed_or_memory(world: World, tmp_path: Path) -> None:
+    """Core ML away from a Mac: what it computes is proved, and how fast is not made up."""
+    pytest.importorskip("coremltools", reason="needs the extra 'coreml'")
+    if sys.platform == "darwin":
+        pytest.skip("Core ML itself runs here")
+    entry = export(world.good, ["coreml"], tmp_path / "out").targets[0]
+    assert entry.ok, entry.error
+    folder = tmp_path / "out" / "coreml"
+    for gate in ("min_speedup", "max_latency_ms", "max_memory_mb"):
+        limit = Gates(**{gate: 1.0})
+        with pytest.raises(UsageError, match="coreml does not run on this machine"):
+            prove(folder, world.good, "intent", world.data, tmp_path / "no", gates=limit)
+    gates = Gates(max_accuracy_drop=10, max_size_mb=10)
+    out = tmp_path / "proof"
+    result = prove(folder, world.good, "intent", world.data, out, gates=gates)
+    found = claims_of(result)
+    assert found["accuracy_drop"].verdict == found["size"].verdict == "pass"
+    assert not found.keys() & {"speedup", "latency_p50", "peak_memory", "memory_ratio", "load_time"}
+    proof = read_proof(out)
+    assert "latency" not in proof.details
+    assert "p50_ms" not in proof.candidate
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "reference evaluator: no speed, no memory" in page
+    assert "with fp16" in page

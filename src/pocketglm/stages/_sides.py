@@ -105,13 +105,14 @@ def _decoder(manifest: ExportManifest) -> dict[str, Any]:
 
 
 def model_bytes(manifest: ExportManifest) -> int:
-    """Bytes of the model file and of data files beside it that carry its name."""
+    """Bytes of the model file, of what is in it if it is a folder, and of data files beside it that
+    carry its name."""
     name = manifest.model_file
     return sum(e.bytes for file, e in manifest.files.items() if file == name or _data(file, name))
 
 
 def _data(file: str, name: str) -> bool:
-    return file.startswith((f"{name}.", f"{name}_"))
+    return file.startswith((f"{name}.", f"{name}_", f"{name}/"))
 
 
 def parts_of(manifest: ExportManifest) -> dict[str, int]:

@@ -33,9 +33,10 @@ class EncoderGraph(nn.Module):
         self.register_buffer("places", torch.arange(max_length)[None])
         self.norm = norm(weights, "embeddings.norm", spec.layer_norm_eps, centred=True)
         self.blocks = nn.ModuleList(_Block(spec, weights, i) for i in range(spec.num_layers))
-        self.pooler = linear(weights, "pooler") if spec.pooler else None
         embeds = spec.head == "embedding"
         self.classifier = None if embeds else linear(weights, "classifier")
+        pools = spec.pooler and spec.pooling == "cls" and not embeds
+        self.pooler = linear(weights, "pooler") if pools else None
         self.total = Float(torch.ones(1, spec.hidden_size))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
