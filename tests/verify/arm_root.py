@@ -32,12 +32,12 @@ CPUS = {"max,sme=off": ("0x00", "0x051"), "cortex-a76": ("0x41", "0xd0b")}
 HWCAP = (
     "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm jscvt fcma "
     "lrcpc dcpop sha3 sm3 sm4 asimddp sha512 sve asimdfhm dit uscat ilrcpc flagm ssbs sb paca pacg"
-).split()
+)
 HWCAP2 = (
     "dcpodp sve2 sveaes svepmull svebitperm svesha3 svesm4 flagm2 frint svei8mm svef32mm svef64mm "
     "svebf16 i8mm bf16 dgh rng bti mte ecv afp rpres mte3 sme smei16i64 smef64f64 smei8i32 "
     "smef16f32 smeb16f32 smef32f32 smefa64 wfxt ebf16"
-).split()
+)
 CORES = 2
 
 
@@ -71,6 +71,10 @@ def prepare() -> Path:
     new = emulator.with_suffix(".new")
     shutil.copy2(str(shutil.which(emulator.name)), new)
     new.replace(emulator)  # a killed check may have left one that still runs
+    cores = root / "sys" / "devices" / "system" / "cpu"  # this machine's own would make them fail
+    cores.mkdir(parents=True, exist_ok=True)
+    for name in ("possible", "present", "online"):
+        (cores / name).write_text(f"0-{CORES - 1}\n")
     return root
 
 
@@ -116,29 +120,38 @@ def _wheels(root: Path) -> None:
             shutil.unpack_archive(wheel, root / "site", "zip")
 
 
-def python(root: Path, cpu: str, *arguments: str) -> list[str]:
-    """The command that runs the root's Python on an emulated core."""
+def command(root: Path, cpu: str, *arguments: str) -> list[str]:
+    """What runs the root's Python on an emulated core, with /proc in a namespace of its own.
+
+    ONNX Runtime asks /proc/self/fd where a file of weights really lies; /proc/cpuinfo must be that
+    of the core (`describe`), because libraries that choose kernels read it.
+    """
+    mounts = (
+        'mount --bind /proc "$0/proc" && mount --bind "$0/$1" "$0/proc/cpuinfo" && shift && '
+        'exec chroot "$0" "$@"'
+    )
     emulator = ["/usr/bin/qemu-aarch64-static", "-cpu", cpu]
     paths = ["-E", "PYTHONPATH=/site:/work/src", "-E", "LC_ALL=C.UTF-8", "-E", "HOME=/tmp"]
-    return ["chroot", str(root), *emulator, *paths, f"/usr/bin/python{PYTHON}", *arguments]
+    inside = [*emulator, *paths, f"/usr/bin/python{PYTHON}", *arguments]
+    return ["unshare", "--mount", "sh", "-c", mounts, str(root), f"cpuinfo-{cpu}", *inside]
 
 
 def describe(root: Path, cpu: str) -> list[str]:
-    """Give the root the /proc/cpuinfo and /sys of this core; its features, as the core has them.
-
-    Libraries that choose kernels read these files; without them they would take the slowest, and
-    with this machine's own they would fail.
-    """
+    """Write the /proc/cpuinfo of a core; its features, as the emulator has them."""
+    file = root / f"cpuinfo-{cpu}"
+    file.touch()
     code = (
         "import ctypes; f = ctypes.CDLL(None).getauxval; f.restype = ctypes.c_ulong; "
         "f.argtypes = [ctypes.c_ulong]; print(f(16), f(26))"
     )
-    done = subprocess.run(python(root, cpu, "-c", code), capture_output=True, text=True, check=True)
+    done = subprocess.run(command(root, cpu, "-c", code), capture_output=True, text=True)
+    if done.returncode:
+        skip(f"the emulator does not run here: {done.stderr.strip()[-300:]}")
     bits = [int(word) for word in done.stdout.split()]
     features = [
         name
         for names, word in zip((HWCAP, HWCAP2), bits, strict=True)
-        for index, name in enumerate(names)
+        for index, name in enumerate(names.split())
         if word >> index & 1
     ]
     implementer, part = CPUS[cpu]
@@ -147,9 +160,5 @@ def describe(root: Path, cpu: str) -> list[str]:
         f"Features\t: {' '.join(features)}\nCPU implementer\t: {implementer}\n"
         f"CPU architecture: 8\nCPU variant\t: 0x1\nCPU part\t: {part}\nCPU revision\t: 0\n\n"
     )
-    (root / "proc" / "cpuinfo").write_text("".join(core.format(i) for i in range(CORES)))
-    cores = root / "sys" / "devices" / "system" / "cpu"
-    cores.mkdir(parents=True, exist_ok=True)
-    for name in ("possible", "present", "online"):
-        (cores / name).write_text(f"0-{CORES - 1}\n")
+    file.write_text("".join(core.format(i) for i in range(CORES)))
     return features
