@@ -180,9 +180,9 @@ def compare(form: str, here: Answer, there: Answer) -> tuple[bool, int, str]:
     flips = here.logits.argmax(axis=1) != there.logits.argmax(axis=1)
     gaps = np.abs(here.logits - there.logits)
     good = bool((margins[other] <= tie * std).all() and gaps.mean() <= rounding * std)
-    ties = f", by near ties of at most {margins[other].max():.2g}" if other.any() else ""
+    ahead = f", ahead here by at most {margins[other].max():.2g}" if other.any() else ""
     words = (
-        f"labels that differ {share(other)}{ties}, argmax flips {share(flips)}, logits differ by "
+        f"labels that differ {share(other)}{ahead}, argmax flips {share(flips)}, logits differ by "
         f"{gaps.mean():.2g} in the mean, {gaps.max():.2g} at most (std {std:.2g})"
     )
     return good, int(other.sum()), words
