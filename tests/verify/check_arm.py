@@ -10,8 +10,9 @@ knows (int8 matrix products, SVE2, bf16). Needs root, apt-get and a Debian mirro
 
 Prints for each export and core how many labels (or parsed commands) and how many argmaxes differ
 from those here, and how far logits differ. Fails where a label differs that is no near tie here, or
-where logits differ more than by rounding: ONNX Runtime rounds a decoder's INT8 activations in other
-ways on ARM (MatMulNBits, accuracy level 4), so there a near tie can flip.
+where logits differ more than by rounding. The most do those of ONNX Runtime's MatMulNBits on INT4
+weights with INT8 activations (accuracy level 4), whose kernels are others on ARM: there a near tie
+can flip.
 An emulated core has a real one's results, not its speed: no time here says anything about a phone.
 """
 
