@@ -242,10 +242,11 @@ def main() -> None:
     if failed:
         sys.exit(f"{len(failed)} differ from {platform.machine()}: {', '.join(failed)}")
     rows = len(arm_root.CPUS) * sum(len(case.rows) for case in cases)
+    differ = sum(count for _, count in found)
     print(
         f"aarch64 agrees with {platform.machine()}: {len(cases)} exports on "
-        f"{len(arm_root.CPUS)} emulated cores; {sum(n for _, n in found)} of {rows} labels differ, "
-        "all near ties"
+        f"{len(arm_root.CPUS)} emulated cores; {differ} of {rows} labels differ"
+        + (", all near ties" if differ else "")
     )
 
 
