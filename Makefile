@@ -39,7 +39,8 @@ docs: $(STAMP)
 	@$(BIN)/python docs/generate.py
 	@$(BIN)/python docs/cost_model.py
 
-# The slow checks that CI cannot hold; writes docs/verified.md.
+# The slow checks that CI cannot hold (Transformers.js, llama.cpp, emulated aarch64 cores, Chromium);
+# installs what they need (npm, apt-get, a compiler), keeps it in runs/verify, writes docs/verified.md.
 verify: $(STAMP)
 	@$(BIN)/python tests/verify/run.py
 

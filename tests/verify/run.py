@@ -22,6 +22,9 @@ CHECKS = {
     "llama.cpp opens the GGUF exports": [
         sys.executable, "tests/verify/check_gguf.py",
     ],
+    "aarch64 computes what x86 does (emulated)": [
+        sys.executable, "tests/verify/check_arm.py",
+    ],
     "report.html in headless Chromium, wide and phone-sized": [
         sys.executable, "tests/verify/check_report.py",
     ],
@@ -34,19 +37,22 @@ PACKAGES = (
     "compressed-tensors",
     "accelerate",
     "gguf",
+    "ai-edge-litert",
 )
 
 
 def run(command: list[str]) -> tuple[str, str, float]:
     """verdict, last line of the output, seconds."""
-    start = time.monotonic()
-    done = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    sys.stdout.write(done.stdout)
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    verdict = {0: "passed", SKIPPED: "skipped"}.get(done.returncode, "FAILED")
-    return verdict, lines[-1] if lines else "", time.monotonic() - start
+    start, last = time.monotonic(), ""
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    verdict = {0: "passed", SKIPPED: "skipped"}.get(process.returncode, "FAILED")
+    return verdict, last, time.monotonic() - start
 
 
 def main() -> None:
