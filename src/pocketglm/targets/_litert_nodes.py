@@ -35,7 +35,7 @@ def graphs(ckpt: Checkpoint, options: ExportOptions) -> list[Graph]:
         last = options.logits == "last"
         model = DecoderModel(decoder_spec_of(ckpt), weights, length, last=last).build(Silent())
     else:
-        model = EncoderGraph(spec_of(ckpt), weights, length).build()
+        model = EncoderGraph(spec_of(ckpt), weights, length).build(Silent())
     return graphs_of(model)
 
 

@@ -47,7 +47,7 @@ def graphs(ckpt: Checkpoint, options: ExportOptions) -> list[Graph]:
     opset = options.opset or DEFAULT_OPSET
     encoder = EncoderGraph(spec_of(ckpt), _Headers(ckpt), length, opset)
     encoder.g = _Outline()
-    return [graph_of(encoder.build(), length, length)]
+    return [graph_of(encoder.build(Silent()), length, length)]
 
 
 class _NoData(ExternalData):
