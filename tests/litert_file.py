@@ -103,3 +103,45 @@ def run(file: Path, feeds: dict[str, Array], *, delegate: bool = True) -> Array:
     model.invoke()
     result: Array = model.get_tensor(model.get_output_details()[0]["index"])
     return result
+
+
+def alone(file: Path, signature: str) -> bytes:
+    """A copy of a file with one of its graphs alone."""
+    schema: Any = pytest.importorskip("ai_edge_litert.schema_py_generated", reason=REASON)
+    flatbuffers: Any = pytest.importorskip("flatbuffers", reason=REASON)
+    raw, model = file.read_bytes(), model_of(file)
+    for buffer in model.buffers:
+        if buffer.offset > 1:
+            buffer.data = np.frombuffer(raw, np.uint8)[buffer.offset :][: buffer.size]
+            buffer.offset = buffer.size = 0
+    wanted = next(d for d in model.signatureDefs if d.signatureKey.decode() == signature)
+    model.subgraphs = [model.subgraphs[wanted.subgraphIndex]]
+    wanted.subgraphIndex, model.signatureDefs = 0, [wanted]
+    builder = flatbuffers.Builder(1 << 16)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    assert schema.ModelT.InitFromPackedBuf(bytes(builder.Output()), 0).subgraphs
+    return bytes(builder.Output())
+
+
+def delegated(file: Path, signature: str) -> tuple[list[str], set[int], int]:
+    """What LiteRT really does with a graph: its operators; the numbers of those that XNNPACK takes;
+    in how many pieces.
+
+    The delegate's nodes stand behind the others and make what these made: what no output needs any
+    more, going back from them, was taken.
+    """
+    model = litert().Interpreter(model_content=alone(file, signature), num_threads=1)
+    model.allocate_tensors()
+    nodes = model._get_ops_details()
+    made = {int(i): node for node in nodes for i in node["outputs"]}
+    wanted = [int(entry["index"]) for entry in model.get_output_details()]
+    left: set[int] = set()
+    while wanted:
+        node = made.get(wanted.pop())
+        if node is not None and node["index"] not in left:
+            left.add(node["index"])
+            wanted.extend(int(i) for i in node["inputs"] if i >= 0)
+    names = [node["op_name"] for node in nodes]
+    own = [name for name in names if name != "DELEGATE"]
+    assert names == [*own, *["DELEGATE"] * (len(names) - len(own))]
+    return own, set(range(len(own))) - left, len(names) - len(own)

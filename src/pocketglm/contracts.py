@@ -8,6 +8,7 @@ the classes below. `registry.load` finds it by its file name. Nothing else has t
     targets/NAME.py   SPEC = Target(...)           Checkpoint -> Export
     runtimes/NAME.py  SPEC = Runtime(...)          Checkpoint | Export -> Session
     eval/NAME.py      SPEC = Task(...)             Session + rows -> Scores
+    checks/NAME.py    SPEC = Check(...)            Graphs + target + device -> Placements
 
 Shapes: B batch, S tokens, C classes or hidden size.
 """
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
     from pocketglm.artifacts.checkpoint import Checkpoint, TensorInfo
+    from pocketglm.artifacts.graph import Graph
+    from pocketglm.artifacts.placement import Placement
     from pocketglm.artifacts.scheme import TensorScheme
     from pocketglm.text.tokenizer import Tokenizer
 
@@ -218,7 +221,8 @@ class ExportOptions:
 
     max_length: tokens per text; of a decoder, prompt and answer together (its cache). logits: the
     positions that a decoder's file computes logits of. spinning: threads wait busily.
-    max_memory: bytes that the process may have resident; None: no limit.
+    max_memory: bytes that the process may have resident; None: no limit. device: for which; a
+    profile's name. delegate: that the app will ask for. allow_fallback: even if it takes little.
     Of Core ML: deployment, the oldest system that must open it, such as "iOS17"; compute_units, the
     processors that it is laid out for; compute_precision, the type of its values; None: the target
     chooses, and says what.
@@ -233,6 +237,9 @@ class ExportOptions:
     deployment: str | None = None
     compute_units: ComputeUnits | None = None
     compute_precision: Literal["float16", "float32"] | None = None
+    device: str | None = None
+    delegate: str | None = None
+    allow_fallback: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +282,9 @@ class Target:
     their rows: `rows.0:512` [rows, H] of an embedding that is not the head, and `rotary.0:4096`
     [2, positions, dims / 2], cosines and sines; and before a block's values, where it keeps
     integers in its cache, these: `cache.0` [2, B, kv heads, S, head_dim].
+
+    `graphs` says from the headers what `lower` will write, so that a check can tell where it will
+    run; None: its runtime has no delegates.
     """
 
     summary: str
@@ -283,6 +293,7 @@ class Target:
     lower: Callable[[Checkpoint, Path, ExportOptions, Reporter], Lowered]
     blocks: Callable[[Path, Ids, Ids], Iterable[tuple[str, Floats]]]
     tolerance: Tolerance = Tolerance()
+    graphs: Callable[[Checkpoint, ExportOptions], Sequence[Graph]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,3 +457,16 @@ class Task:
     against: (
         Callable[[Path, Any, Any, Tokenizer, DataOptions, int | None, Reporter], Scores] | None
     ) = None
+
+
+# --- checks ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A look at an export before it is made: the graphs that a target will write, the target's
+    name, and a device's.
+    """
+
+    summary: str
+    run: Callable[[Sequence[Graph], str, str], Sequence[Placement]]

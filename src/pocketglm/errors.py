@@ -2,7 +2,8 @@
 
 PocketError
 ├── GateError              1  a proof gate failed, or was inconclusive
-│   └── ParityError        1  an export does not compute what its checkpoint computes
+│   ├── ParityError        1  an export does not compute what its checkpoint computes
+│   └── PlacementError     1  a device's delegate would take little of an export
 ├── InputError             2  bad usage or input
 │   ├── UsageError            an option or a name
 │   ├── CheckpointError       a model folder
@@ -48,6 +49,10 @@ class GateError(PocketError):
 
 
 class ParityError(GateError):
+    pass
+
+
+class PlacementError(GateError):
     pass
 
 

@@ -20,6 +20,7 @@ KINDS = {
     "targets": "target",
     "runtimes": "runtime",
     "eval": "task",
+    "checks": "check",
     "cli": "verb",
 }
 

@@ -22,7 +22,7 @@ import pytest
 
 import pocketglm
 from pocketglm import registry
-from pocketglm.contracts import Method, Runtime, Target, Task
+from pocketglm.contracts import Check, Method, Runtime, Target, Task
 from pocketglm.errors import MissingExtraError
 
 ROOT = Path(pocketglm.__file__).parent
@@ -77,7 +77,13 @@ OPTIONAL = (
 )
 FILE_LINES, FUNCTION_LINES = 500, 80
 HELP_SECONDS = 0.5
-SPECS = {"methods": Method, "targets": Target, "runtimes": Runtime, "eval": Task}
+SPECS = {
+    "methods": Method,
+    "targets": Target,
+    "runtimes": Runtime,
+    "eval": Task,
+    "checks": Check,
+}
 
 
 @cache

@@ -153,6 +153,68 @@ def test_verdicts_come_first_with_value_interval_and_limit() -> None:
     assert DEVICE in text
 
 
+def placement(**change: Any) -> dict[str, Any]:
+    """Two blocks of which a GPU takes one and a quarter of the other."""
+    parts = [
+        {"part": "embeddings", "nodes": 4, "taken": 0, "macs": 0, "macs_taken": 0},
+        {"part": "block.0", "nodes": 10, "taken": 10, "macs": 400, "macs_taken": 400},
+        {"part": "block.1", "nodes": 10, "taken": 7, "macs": 400, "macs_taken": 100},
+        {"part": "head", "nodes": 2, "taken": 2, "macs": 10, "macs_taken": 10},
+    ]
+    rest = {
+        "op": "FULLY_CONNECTED", "count": 3, "first": EVIL, "part": "block.1", "macs": 300,
+        "because": f"weights in integers {EVIL}", "rewrite": "export float32",
+        "evidence": "source", "source": "model_builder.cc",
+    }  # fmt: skip
+    entry = {
+        "target": "litert", "device": "pixel-8-pro", "delegate": "litert-gpu", "title": "A GPU",
+        "runs_on": "gpu", "accelerator": "Mali", "graph": "decode", "nodes": 26, "taken": 19,
+        "partitions": 2, "macs": 810, "macs_taken": 510, "parts": parts, "left": [rest],
+        "evidence": "source", "judgement": "partial",
+    }  # fmt: skip
+    return entry | change
+
+
+def test_the_placement_is_a_strip_of_blocks() -> None:
+    made = proof()
+    whole = placement(graph="prefill", left=[], partitions=1)
+    side = dict(made.candidate) | {"placement": [placement(), whole]}
+    text = html.render(made.model_copy(update={"candidate": side}))
+    page = Page(text)
+    assert not page.open
+    assert EVIL not in text
+    assert "url(" not in text  # so nothing can be asked for
+    words = " ".join(page.text.split())
+    for shown in (
+        "Where it runs",
+        "Predicted for pixel-8-pro, not measured there",
+        "63 % of the multiplications, 19 of 26 operators, 2 pieces",
+        "3 FULLY_CONNECTED",
+        "; export float32",
+        "in 0 %, 0 100 %, 1 25 %, out 100 %",
+    ):
+        assert shown in words, shown
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    heights = [
+        value
+        for tag, name, value in page.attributes
+        if tag == "rect" and name == "height" and value == "33"
+    ]
+    assert heights == ["33", "33"]  # three quarters of 44, in both strips
+    assert "Where it runs" not in html.render(made)
+
+
+def test_a_deep_model_has_few_labels() -> None:
+    blocks = [svg.Block(str(i), 1.0) for i in range(-1, 41)]
+    root = parse(svg.strip("s", "t", "npu", blocks))
+    labels = [node.text for node in root.iter("text")]
+    assert len(labels) <= 12
+    assert labels[0] == "-1"
+    assert labels[-1] == "40"
+    assert len(list(root.iter("rect"))) == 42
+
+
 def test_noise_is_told_as_what_it_is() -> None:
     text = " ".join(Page(html.render(proof())).text.split())
     assert "counts as none" not in text

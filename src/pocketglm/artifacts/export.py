@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from pocketglm.artifacts.manifest import CommandGrammar, Step, digest_file
+from pocketglm.artifacts.placement import Placement
 from pocketglm.artifacts.scheme import CacheScheme, TensorScheme
 from pocketglm.contracts import Config
 from pocketglm.errors import CheckpointError
@@ -85,7 +86,7 @@ class ExportManifest(Config):
     None: all usable cores.
     Of a decoder: `logits`, the positions that it computes logits of ("last" is right for one row at
     a time only); `eos_ids`, any of which ends a text; `cache`; `command`, what it was trained to
-    parse.
+    parse. `placement`: where it was predicted to run on the device that it was made for.
     """
 
     format: Literal[1] = 1
@@ -121,6 +122,7 @@ class ExportManifest(Config):
     parameters: dict[str, int] = {}
     parameter_count: int = 0
     parity: Parity
+    placement: list[Placement] = []
     files: dict[str, FileEntry]
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pocketglm.artifacts.export import Parity
 from pocketglm.artifacts.manifest import Step
+from pocketglm.artifacts.placement import Placement
 from pocketglm.artifacts.proof import Claim, Verdict
 from pocketglm.contracts import Config
 from pocketglm.errors import PocketError
@@ -228,7 +229,8 @@ class CompressResult(Config):
 
 
 class TargetResult(Config):
-    """`error` says what was wrong, `hint` what to do next.
+    """`error` says what was wrong, `hint` what to do next. `placement`: one entry for each delegate
+    of the device and each graph of the file.
 
     peak_memory: the most bytes that the target's own process had in memory; null: it had none, or
     had nothing to do. log: what a target printed that crashed or was stopped.
@@ -242,6 +244,7 @@ class TargetResult(Config):
     bytes: int = 0
     parity: Parity | None = None
     peak_memory: int | None = None
+    placement: list[Placement] = []
     error: str | None = None
     hint: str = ""
     exit_code: int = 0

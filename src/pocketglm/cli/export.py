@@ -18,6 +18,7 @@ from pocketglm.cli._common import (
     megabytes,
     table,
 )
+from pocketglm.cli._placement import AllowFallback, Delegate, Device, placement_table, warn
 from pocketglm.contracts import ComputeUnits, ExportOptions
 from pocketglm.errors import as_lines
 from pocketglm.stages._memory import parse_size
@@ -81,6 +82,9 @@ def main(
     deployment_target: DeploymentTarget = None,
     compute_units: Units = None,
     compute_precision: Precision = None,
+    device: Device = None,
+    delegate: Delegate = None,
+    allow_fallback: AllowFallback = False,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -105,6 +109,9 @@ def main(
         deployment=deployment_target,
         compute_units=compute_units,
         compute_precision=compute_precision,
+        device=device,
+        delegate=delegate,
+        allow_fallback=allow_fallback,
     )
     with Progressive() as reporter:
         result = export_each(
@@ -113,6 +120,7 @@ def main(
     for entry in result.targets:
         if entry.error:
             sys.stderr.write(as_lines(f"{entry.target}: {entry.error}", entry.hint))
+        warn(entry, device)
 
     emit(result, json, lambda: _show(result))
     code = max((entry.exit_code for entry in result.targets), default=0)
@@ -138,6 +146,7 @@ def _show(result: ExportResult) -> None:
         )
     columns = ["target", "", "precision", "size", "worst difference", "peak memory", "folder"]
     table("", columns, rows)
+    placement_table(result)
 
 
 SPEC = main

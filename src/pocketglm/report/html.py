@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketglm.artifacts.proof import Claim, Proof
-from pocketglm.report import _format, _parity, _worse, svg
+from pocketglm.report import _format, _parity, _placement, _worse, svg
 from pocketglm.report._markup import esc, section
 
 _STYLE = Path(__file__).with_name("style.css")
@@ -49,6 +49,7 @@ def render(proof: Proof) -> str:
         _latency(proof),
         _parts(proof),
         _parity.render(proof),
+        *_placement.sections(proof),
         *_worse.sections(proof),
         _claims(proof),
         _origin(proof),

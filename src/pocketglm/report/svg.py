@@ -257,6 +257,45 @@ def dumbbells(key: str, rows: Sequence[tuple[str, float, float, int]]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """A part of the model. share: of its work that a delegate takes, 0 to 1."""
+
+    label: str
+    share: float
+
+
+def strip(key: str, title: str, unit: str, blocks: Sequence[Block]) -> str:
+    """Blocks side by side, each filled from below by its share, striped above. unit: cpu, gpu, npu.
+
+    At most a dozen of them are labelled, so that the labels fit on a phone.
+    """
+    height, width = 44.0, 100 / max(len(blocks), 1)
+    every = max(1, math.ceil((len(blocks) - 2) / 10))
+    body, said = [], []
+    for index, block in enumerate(blocks):
+        left, wide = index * width, max(width - 0.4, 0.2)
+        place = {"x": _pct(left), "width": _pct(wide)}
+        rest = height * (1 - block.share)
+        if rest:
+            x, y = (_pct(left), _pct(left + wide)), rest / 2
+            body += [
+                _tag("rect", **place, y=0, height=rest, class_="unit-rest-ground"),
+                _tag(
+                    "line", x1=x[0], x2=x[1], y1=y, y2=y, stroke_width=rest,
+                    class_="unit-rest-stripes",
+                ),
+            ]  # fmt: skip
+        if block.share:
+            taken = height - rest
+            body.append(_tag("rect", **place, y=rest, height=taken, class_=f"unit-{unit}"))
+        if index in (0, len(blocks) - 1) or (index - 1) % every == 0:
+            middle = _pct(left + width / 2)
+            body.append(_text(block.label, middle, height + 16, "t mute", "middle"))
+        said.append(f"{block.label} {100 * block.share:.0f} %")
+    return _chart(key, height + 22, title, ", ".join(said), *body)
+
+
+@dataclass(frozen=True, slots=True)
 class Range:
     """A predicted value with its range. css: pass, fail, inconclusive or stated."""
 

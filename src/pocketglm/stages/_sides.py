@@ -74,6 +74,7 @@ def describe(side: Side, timings: Timings | None, metrics: Mapping[str, Metric])
         "activation": manifest.activation,
         "parity": manifest.parity.model_dump(mode="json", exclude={"blocks"}),
         "delegate": registry.load("runtimes", manifest.runtime).delegate,
+        "placement": [entry.model_dump(mode="json") for entry in manifest.placement],
         **(_measured(timings) if timings else {}),
         "metrics": {
             name: {"value": m.value, "n": m.n, "low": m.low, "high": m.high}

@@ -21,6 +21,7 @@ from pocketglm.artifacts.export import (
 from pocketglm.artifacts.manifest import digest_file, digest_value, tool_versions, write_json
 from pocketglm.artifacts.origin import origin_of
 from pocketglm.artifacts.output import REQUEST, is_done, output_folder
+from pocketglm.artifacts.placement import Placement
 from pocketglm.artifacts.schemas import ExportResult, TargetResult
 from pocketglm.contracts import ExportOptions, Lowered, Reporter, Silent, Target
 from pocketglm.errors import (
@@ -45,6 +46,7 @@ from pocketglm.stages._isolated import Trail
 from pocketglm.stages._memory import Ceiling, keep_freed_memory
 from pocketglm.stages._parity import check_parity, encoder_buffers
 from pocketglm.stages._parity_decoder import check_decoder_parity, decoder_buffers
+from pocketglm.stages._placement import foresee
 from pocketglm.text.tokenizer import Tokenizer
 
 _DEFAULTS = ExportOptions()
@@ -146,11 +148,15 @@ def _export(
         {
             "verb": "export",
             "target": name,
-            "options": asdict(replace(options, max_memory=None)),  # no byte depends on it
+            # no byte depends on these
+            "options": asdict(
+                replace(options, max_memory=None, delegate=None, allow_fallback=False)
+            ),
             "checkpoint": digest,
             "pocketglm": tool_versions()["pocketglm"],
         }
     )
+    placement = foresee(ckpt, name, target, options)
     done = is_done(out, request, force, [ckpt.path])
     if not done:
         if reasons := target.supports(ckpt, options):
@@ -160,7 +166,17 @@ def _export(
         try:
             with output_folder(out, request, force, [ckpt.path]) as partial:
                 try:
-                    _write(ckpt, digest, request, name, target, partial, options, reporter)
+                    _write(
+                        ckpt,
+                        digest,
+                        request,
+                        name,
+                        target,
+                        partial,
+                        options,
+                        placement,
+                        reporter,
+                    )
                 except BaseException:
                     _discard(partial)  # an export is quick to make again: nothing to resume
                     raise
@@ -175,6 +191,7 @@ def _export(
         precision=manifest.precision,
         bytes=sum(entry.bytes for entry in manifest.files.values()),
         parity=manifest.parity,
+        placement=placement,
     )
 
 
@@ -186,6 +203,7 @@ def _write(
     target: Target,
     folder: Path,
     options: ExportOptions,
+    placement: Sequence[Placement],
     reporter: Reporter,
 ) -> None:
     _discard(folder)  # what a killed run left
@@ -195,6 +213,7 @@ def _write(
     try:
         lowered = target.lower(ckpt, folder, options, reporter)
         manifest = _manifest(ckpt, digest, request, name, target, folder, options, lowered)
+        manifest = manifest.model_copy(update={"placement": list(placement)})
         write_json(folder / EXPORT, manifest)  # the runtime that parity opens reads it
         if manifest.kind == "decoder":
             parity = check_decoder_parity(ckpt, folder, manifest, target, options, reporter)

@@ -165,7 +165,7 @@ class Subgraph:
         self.kinds: list[str] = []
         self.inputs: dict[str, int] = {}
         self.outputs: dict[str, int] = {}
-        self._operators: list[Any] = []
+        self.operators: list[Any] = []
         self._constants: dict[str, int] = {}
 
     # --- tensors ---------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ class Subgraph:
 
         version: the operator's; a runtime or delegate that knows only older ones leaves it.
         """
-        name = out or f"{kind.lower()}.{len(self._operators)}"
+        name = out or f"{kind.lower()}.{len(self.operators)}"
         result = self.tensor(name, shape, dtype)
         self.add(kind, inputs, [result], options, version)
         return result
@@ -284,7 +284,7 @@ class Subgraph:
                 if not hasattr(operator.builtinOptions, key):
                     raise ValueError(f"{kind} has no option {key}")
                 setattr(operator.builtinOptions, key, value)
-        self._operators.append(operator)
+        self.operators.append(operator)
         self.kinds.append(kind)
 
     # --- the file --------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ class Subgraph:
     def packed(self) -> Any:
         """The schema's object of this subgraph."""
         found = self.model.s.SubGraphT()
-        found.name, found.tensors, found.operators = self.signature, self.tensors, self._operators
+        found.name, found.tensors, found.operators = self.signature, self.tensors, self.operators
         found.inputs, found.outputs = list(self.inputs.values()), list(self.outputs.values())
         return found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pocketglm.contracts import Floats, Ids, Target, Tolerance
 from pocketglm.targets._coreml_blocks import decoder_blocks, encoder_blocks, has_decoder
 from pocketglm.targets._coreml_files import lower, supports
+from pocketglm.targets._coreml_nodes import graphs
 
 
 def blocks(file: Path, ids: Ids, mask: Ids) -> Iterable[tuple[str, Floats]]:
@@ -22,5 +23,6 @@ SPEC = Target(
     lower=lower,
     blocks=blocks,
     # Weights that are not quantized are fp16; then every value, as Core ML computes it.
+    graphs=graphs,
     tolerance=Tolerance(part=1e-3, whole=5e-3),
 )

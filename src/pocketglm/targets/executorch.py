@@ -5,6 +5,7 @@ from __future__ import annotations
 from pocketglm.contracts import Target
 from pocketglm.targets._executorch_blocks import blocks
 from pocketglm.targets._executorch_files import lower, supports
+from pocketglm.targets._executorch_nodes import graphs
 
 SPEC = Target(
     summary="ExecuTorch: Android, iOS and desktop, with XNNPACK on the CPU",
@@ -12,4 +13,5 @@ SPEC = Target(
     supports=supports,
     lower=lower,
     blocks=blocks,
+    graphs=graphs,
 )

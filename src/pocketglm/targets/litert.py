@@ -11,6 +11,7 @@ from pocketglm.model.hf import is_decoder
 from pocketglm.targets import _litert_decoder_files as decoder
 from pocketglm.targets import _litert_files as encoder
 from pocketglm.targets._litert_blocks import decoder_blocks, encoder_blocks, has_decoder
+from pocketglm.targets._litert_nodes import graphs
 
 
 def supports(ckpt: Checkpoint, options: ExportOptions) -> list[str]:
@@ -36,4 +37,5 @@ SPEC = Target(
     supports=supports,
     lower=lower,
     blocks=blocks,
+    graphs=graphs,
 )

@@ -14,6 +14,7 @@ from pocketglm.targets import _onnx_decoder_files as decoder
 from pocketglm.targets import _onnx_encoder_files as encoder
 from pocketglm.targets._onnx_blocks import float_blocks
 from pocketglm.targets._onnx_decoder_blocks import decoder_blocks
+from pocketglm.targets._onnx_nodes import graphs
 
 
 def supports(ckpt: Checkpoint, options: ExportOptions) -> list[str]:
@@ -40,4 +41,5 @@ SPEC = Target(
     supports=supports,
     lower=lower,
     blocks=blocks,
+    graphs=graphs,
 )

@@ -1,0 +1,1 @@
+"""Looks at what an export will be, or is: one check a file."""
