@@ -32,9 +32,10 @@ from compression import read_json_lines
 from encoder import cpu, pocketglm
 from scipy.special import log_softmax
 
+from pocketglm import registry
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.export import read_export
-from pocketglm.contracts import RunOptions
+from pocketglm.contracts import ExportOptions, RunOptions, Target
 from pocketglm.data.commands import generate
 from pocketglm.errors import PocketError
 from pocketglm.model.hf import is_decoder
@@ -48,10 +49,15 @@ TITLES = {
     "onnx": "ONNX Runtime", "litert": "LiteRT", "executorch": "ExecuTorch", "gguf": "GGUF",
     "coreml": "Core ML",
 }  # fmt: skip
+DELEGATES = {
+    "litert": ("litert-xnnpack",), "executorch": ("executorch-xnnpack",),
+    "coreml": ("coreml-ane", "coreml-gpu"),
+}  # fmt: skip
 PACKAGES = {
     "onnx": "onnxruntime", "litert": "ai-edge-litert", "executorch": "executorch",
     "gguf": "llama-cpp-python", "coreml": "coremltools",
 }  # fmt: skip
+DEVICES = ("pixel-8-pro", "galaxy-s24-ultra", "iphone-15-pro")
 TIMED = ("onnx", "litert", "executorch", "gguf")  # Core ML's evaluator says nothing about speed
 ROUNDS, TEXTS, LINES, TOKENS = 5, 400, 40, 32
 # What the evaluator of Core ML packages, which is no runtime, is given of them.
@@ -71,8 +77,9 @@ onnx,litert,executorch,gguf,coreml`, each in a process of its own. Columns:
   decoder: next token). Core ML's column is the reference evaluator in simulated fp16, not Core ML;
 - speed: one thread, alternating rounds, ratio to ONNX Runtime in the same round; above 1 is faster.
   On this x86 machine: phones differ (`docs/cost-model.md`);
-- delegate takes: share of the file's operators, and of its multiply-adds, that XNNPACK (LiteRT,
-  ExecuTorch) really took, or that the rules predict for the Neural Engine (Core ML).
+- delegate takes: share of the multiplications, and the operators, of the graph of which it takes
+  least. XNNPACK (LiteRT, ExecuTorch) by the rules that equal the real runtimes node by node in the
+  tests; of Core ML the better unit of an iPhone 15 Pro, by rules that nobody has checked on one.
 """
 
 INT8 = ["--method", "quantize_rtn", "--set", "bits=8", "--set", "embeddings=8", "--set", "head=8"]
@@ -225,7 +232,21 @@ def measure(name: str, work: Path, data: Path) -> dict[str, Any]:
     runs = {n: Path(c["export"]["out"]) for n, c in cells.items() if "answers" in c and n in TIMED}
     for target, values in speeds(runs, decoder).items():
         cells[target]["per_second"] = values
-    return {"decoder": decoder, "cells": cells}
+    return {"decoder": decoder, "cells": cells, "placements": placements(source)}
+
+
+def placements(source: Path) -> list[dict[str, Any]]:
+    """What each delegate of `DEVICES` will take of each target's graphs."""
+    ckpt, check = Checkpoint.open(source), registry.load("checks", "placement")
+    found = []
+    for name in TARGETS:
+        target: Target = registry.load("targets", name)
+        if target.graphs is None or target.supports(ckpt, ExportOptions()):
+            continue
+        graphs = target.graphs(ckpt, ExportOptions())
+        for device in DEVICES:
+            found += check.run(graphs, name, device)
+    return [entry.model_dump(mode="json") for entry in found]
 
 
 Results = Mapping[str, Mapping[str, Any]]  # by the row's name
@@ -283,7 +304,7 @@ def details(name: str, result: Mapping[str, Any]) -> list[str]:
                 if found
                 else "– | – | –"
             )
-            + f" | {ratio(cells, target)} | {cell.get('delegate') or '–'} | "
+            + f" | {ratio(cells, target)} | {taken(result, target)} | "
             f"{peak(entry)} |"
         )
     return [*lines, "", *reasons]
@@ -293,6 +314,62 @@ def one_line(name: str, entry: Mapping[str, Any]) -> str:
     """Why a target refused, without this machine's folders."""
     words = " ".join(f"{entry['error']} {entry['hint']}".split())
     return re.sub(rf"\S*/{name}\b", "the checkpoint", words)
+
+
+def share(entry: Mapping[str, Any]) -> str:
+    """Multiplications and operators that a delegate takes of a graph."""
+    by_work = entry["macs_taken"] / entry["macs"] if entry["macs"] else 0.0
+    return f"{100 * by_work:.0f} % ({entry['taken']} of {entry['nodes']} operators)"
+
+
+def taken(result: Mapping[str, Any], target: str) -> str:
+    """By the delegate that computes here: XNNPACK; of Core ML, by the iPhone's unit."""
+    if target not in DELEGATES:
+        return "no delegate"
+    own = [p for p in result["placements"] if p["target"] == target]
+    found = [p for p in own if p["delegate"] in DELEGATES[target]]
+    units: dict[str, dict[str, Any]] = {}
+    for entry in found:
+        if entry["delegate"] not in units or fraction(entry) < fraction(units[entry["delegate"]]):
+            units[entry["delegate"]] = entry
+    best = max(units.values(), key=fraction, default=None)
+    return f"{best['title']}: {share(best)}" if best else "–"
+
+
+def placed(results: Results) -> list[str]:
+    """The placement table: one line a delegate and a checkpoint."""
+    lines = [
+        "\n## Where it would run: predicted for three devices\n",
+        "What `export --device` says before it converts (rules and their sources: "
+        "`docs/placement.md`): share of the multiplications that the delegate takes, and in how "
+        "many pieces; of several graphs the one of which it takes least. No GPU or NPU was run; – "
+        "= the device has no such delegate.\n",
+        "| checkpoint | delegate | " + " | ".join(DEVICES) + " | falls back first | known by |",
+        "|---|---|" + "---|" * (len(DEVICES) + 2),
+    ]
+    for name, result in results.items():
+        worst: dict[str, dict[str, dict[str, Any]]] = {}
+        for entry in result["placements"]:
+            of_device = worst.setdefault(entry["delegate"], {})
+            other = of_device.get(entry["device"])
+            if other is None or fraction(entry) < fraction(other):
+                of_device[entry["device"]] = entry
+        for delegate, by_device in worst.items():
+            cells = [
+                f"{100 * fraction(p):.0f} %, {p['partitions']}" if p else "–"
+                for p in map(by_device.get, DEVICES)
+            ]
+            least = min(by_device.values(), key=fraction)
+            left = [f"{r['count']} {r['op']}: {r['because']}" for r in least["left"][:1]]
+            lines.append(
+                f"| {ROWS[name].title} | {delegate} | {' | '.join(cells)} | "
+                f"{left[0] if left else 'nothing'} | {least['evidence']} |"
+            )
+    return lines
+
+
+def fraction(entry: Mapping[str, Any]) -> float:
+    return float(entry["macs_taken"] / max(entry["macs"], 1))
 
 
 def peak(entry: Mapping[str, Any]) -> str:
@@ -316,6 +393,7 @@ def page(results: Results) -> str:
         NOTE,
         *summary(results),
         *(line for name, result in results.items() for line in details(name, result)),
+        *placed(results),
     ]
     return "\n".join(lines) + "\n"
 
