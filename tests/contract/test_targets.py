@@ -241,7 +241,7 @@ REFUSED = {
 # The model that is exported: llama.cpp classifies by the first token only; lowering to ExecuTorch
 # takes seconds for each layer.
 MODELS: dict[str, dict[str, Any]] = {
-    "executorch": {"num_layers": 1},
+    "executorch": {"num_layers": 1, "activation": "relu", "pooling": "cls", "pooler": True},
     "gguf": {"pooling": "cls", "pooler": True},
 }
 # What a target does as with another form: ExecuTorch rounds inputs per token, whatever the blocks.

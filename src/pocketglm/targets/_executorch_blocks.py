@@ -75,9 +75,8 @@ def _decoder(read: PteFile, ids: Ids, mask: Ids, layers: int) -> Iterator[tuple[
                 yield from _rotary(*tables)
         elif event.kind in _SUMS and stream and any(x is stream[-1] for x in event.inputs):
             stream.append(event.output)
-    step = (
-        len(stream) - 1
-    ) // layers  # sums of a layer: attention's and the FFN's, or one for both
+    # of a layer: attention's sum and the FFN's, or one for both
+    step = (len(stream) - 1) // layers
     for index in range(layers):
         yield f"block.{index}", _padded(stream[step * (index + 1)], ids.shape[1])
     yield "head", torch.stack([x.reshape(-1, x.shape[-1])[-1] for x in run.result]).numpy()

@@ -257,11 +257,22 @@ def _call(name: str, operator: Any, row: dict[str, Any]) -> Any:
         return row["input"]
     if name.startswith(f"{_QUANTIZED}choose_qparams"):
         return torch.empty(0), torch.empty(0)
-    values = dict(row)
+    values = _few_rows(row) if "weight_scales" in row and "indices" in row else dict(row)
     for key in ("dtype", "out_dtype", "output_dtype"):
         if values.get(key) is not None:
             values[key] = _DTYPES[values[key]]
     return operator(**values)
+
+
+def _few_rows(row: dict[str, Any]) -> dict[str, Any]:
+    """A lookup in the rows that it needs alone: the operator would restore the whole table."""
+    ids = row["indices"].reshape(-1)
+    tables = {
+        key: row[key][ids]
+        for key in ("weight", "weight_scales", "weight_zero_points")
+        if row[key] is not None
+    }
+    return row | tables | {"indices": torch.arange(len(ids)).view(row["indices"].shape)}
 
 
 def _again(name: str, operator: Any, row: dict[str, Any], ids: Tensor) -> Tensor:
