@@ -58,6 +58,7 @@ PACKAGES = {
     "gguf": "llama-cpp-python", "coreml": "coremltools",
 }  # fmt: skip
 DEVICES = ("pixel-8-pro", "galaxy-s24-ultra", "iphone-15-pro")
+SYSTEMS = ("iOS15", "iOS16", "iOS17", "iOS18")
 TIMED = ("onnx", "litert", "executorch", "gguf")  # Core ML's evaluator says nothing about speed
 ROUNDS, TEXTS, LINES, TOKENS = 5, 400, 40, 32
 # What the evaluator of Core ML packages, which is no runtime, is given of them.
@@ -195,9 +196,12 @@ def speeds(exports: Mapping[str, Path], decoder: bool) -> dict[str, list[float]]
     return found
 
 
-def export(source: Path, out: Path) -> list[dict[str, Any]]:
+def export(
+    source: Path, out: Path, targets: Sequence[str] = TARGETS, *options: str
+) -> list[dict[str, Any]]:
     """Every target by one command; a refused one makes it end with another code than 0."""
-    command = ["export", str(source), "--target", ",".join(TARGETS), "--out", str(out), "--json"]
+    command = ["export", str(source), "--target", ",".join(targets), "--out", str(out), "--json"]
+    command += options
     print("$ pocketglm", *command, flush=True)
     done = subprocess.run(
         [sys.executable, "-m", "pocketglm", *command], stdout=subprocess.PIPE, check=False
@@ -247,6 +251,16 @@ def placements(source: Path) -> list[dict[str, Any]]:
         for device in DEVICES:
             found += check.run(graphs, name, device)
     return [entry.model_dump(mode="json") for entry in found]
+
+
+def systems(name: str, work: Path) -> dict[str, dict[str, Any]]:
+    """The Core ML export for each oldest system: its result, or why there is none."""
+    return {
+        system: export(
+            work / name, work / f"{name}-{system}", ["coreml"], "--deployment-target", system
+        )[0]
+        for system in SYSTEMS
+    }
 
 
 Results = Mapping[str, Mapping[str, Any]]  # by the row's name
@@ -314,6 +328,35 @@ def one_line(name: str, entry: Mapping[str, Any]) -> str:
     """Why a target refused, without this machine's folders."""
     words = " ".join(f"{entry['error']} {entry['hint']}".split())
     return re.sub(rf"\S*/{name}\b", "the checkpoint", words)
+
+
+def apple(results: Results) -> list[str]:
+    """What is said of Core ML alone."""
+    lines = [
+        "\n## Core ML: deployment targets\n",
+        "Each export again, with `--deployment-target`; the whole package's worst "
+        "difference in the reference evaluator from PyTorch, in simulated fp16 (its limit: 5e-3 of "
+        "the largest output) / in float32.\n",
+        "| checkpoint | " + " | ".join(SYSTEMS) + " |",
+        "|---|" + "---|" * len(SYSTEMS),
+    ]
+    notes = {}
+    for name, result in results.items():
+        cells = []
+        for entry in result["systems"].values():
+            if not entry["ok"]:
+                reason = one_line(name, entry).partition(" - ")[2]
+                cells.append(f"refused [{notes.setdefault(reason, len(notes) + 1)}]")
+                continue
+            parity = entry["parity"]
+            errors = [parity[way] for way in ("delegate_on", "delegate_off")]
+            cells.append(
+                f"{entry['bytes'] / 1e6:.1f} MB, "
+                + " / ".join(f"{e['max_abs']:.1e}" if e else "–" for e in errors)
+                + f" (limit {parity['tolerance']:.1e})"
+            )
+        lines.append(f"| {ROWS[name].title} | " + " | ".join(cells) + " |")
+    return [*lines, "", *(f"[{number}] {reason}\n" for reason, number in notes.items())]
 
 
 def share(entry: Mapping[str, Any]) -> str:
@@ -393,6 +436,7 @@ def page(results: Results) -> str:
         NOTE,
         *summary(results),
         *(line for name, result in results.items() for line in details(name, result)),
+        *apple(results),
         *placed(results),
     ]
     return "\n".join(lines) + "\n"
@@ -417,6 +461,11 @@ def main() -> None:
                 kept.write_text(json.dumps(found, indent=1), encoding="utf-8")
         if kept.exists():
             results[name] = json.loads(kept.read_text(encoding="utf-8"))
+            again = kept.with_name(f"{name}-systems.json")
+            if not again.exists():
+                found = systems(name, arguments.work)
+                again.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            results[name]["systems"] = json.loads(again.read_text(encoding="utf-8"))
     (HERE / "targets.md").write_text(page(results), encoding="utf-8")
     print(page(results))
 
