@@ -1,6 +1,6 @@
 """Every target on the same five checkpoints: writes benchmarks/targets.md.
 
-    POCKETGLM_DATA=... python benchmarks/targets.py [--work runs/targets] [--only ROW ...]
+    POCKETGLM_DATA=... python benchmarks/targets.py [--work runs/targets] [--prepare]
 
 Resumable: each step is a `pocketglm` command whose finished output is reused, and what was measured
 is kept in WORK/results. Speed is the ratio to ONNX Runtime in alternating rounds of one run; it
@@ -18,7 +18,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -186,13 +186,13 @@ def compare(wanted: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> 
 
 
 def speeds(exports: Mapping[str, Path], decoder: bool) -> dict[str, list[float]]:
-    """Calls (or new tokens) a second of each target, in alternating rounds."""
-    found: dict[str, list[float]] = {name: [] for name in exports}
+    """Texts (or new tokens) a second of each target, in alternating rounds."""
+    found: dict[str, list[float]] = {target: [] for target in exports}
     for _ in range(ROUNDS):
-        for name, folder in exports.items():
+        for target, folder in exports.items():
             size = ["--runs", "3"] if decoder else ["--runs", "200", "--tokens", str(TOKENS)]
             result = pocketglm("bench", str(folder), "--threads", "1", *size)
-            found[name].append(result["per_second"])
+            found[target].append(result["per_second"])
     return found
 
 
@@ -233,9 +233,6 @@ def measure(name: str, work: Path, data: Path) -> dict[str, Any]:
             cell["answers"] = compare(outputs(source, few), outputs(folder, few))
         except PocketError as error:
             cell["missing"] = error.message
-    runs = {n: Path(c["export"]["out"]) for n, c in cells.items() if "answers" in c and n in TIMED}
-    for target, values in speeds(runs, decoder).items():
-        cells[target]["per_second"] = values
     return {"decoder": decoder, "cells": cells, "placements": placements(source)}
 
 
@@ -318,7 +315,7 @@ def details(name: str, result: Mapping[str, Any]) -> list[str]:
                 if found
                 else "– | – | –"
             )
-            + f" | {ratio(cells, target)} | {taken(result, target)} | "
+            + f" | {ratio(result, target)} | {taken(result, target)} | "
             f"{peak(entry)} |"
         )
     return [*lines, "", *reasons]
@@ -419,9 +416,9 @@ def peak(entry: Mapping[str, Any]) -> str:
     return f"{entry['peak_memory'] / 1e6:,.0f}" if entry.get("peak_memory") else "–"
 
 
-def ratio(cells: Mapping[str, Any], target: str) -> str:
+def ratio(result: Mapping[str, Any], target: str) -> str:
     """This target's rate by ONNX Runtime's, median over the rounds."""
-    own, other = cells[target].get("per_second"), cells["onnx"].get("per_second")
+    own, other = (result["speeds"].get(name) for name in (target, "onnx"))
     if not own or not other:
         return "–"
     ratios = [a / b for a, b in zip(own, other, strict=True)]
@@ -446,26 +443,33 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package.replace("-", "_")) is not None
 
 
+def kept(work: Path, name: str, measured: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """What was measured before, or is now."""
+    file = work / "results" / f"{name}.json"
+    if not file.exists():
+        found = measured(*arguments)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return values
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "targets")
-    parser.add_argument("--only", nargs="+", choices=ROWS, help="measure these again")
+    parser.add_argument("--prepare", action="store_true", help="all but the speeds")
     arguments = parser.parse_args()
-    data, results = Path(os.environ["POCKETGLM_DATA"]), {}
+    work, data = arguments.work, Path(os.environ["POCKETGLM_DATA"])
+    results: dict[str, dict[str, Any]] = {}
     for name in ROWS:
-        kept = arguments.work / "results" / f"{name}.json"
-        if arguments.only is None or name in arguments.only:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            if arguments.only or not kept.exists():
-                found = measure(name, arguments.work, data)
-                kept.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        if kept.exists():
-            results[name] = json.loads(kept.read_text(encoding="utf-8"))
-            again = kept.with_name(f"{name}-systems.json")
-            if not again.exists():
-                found = systems(name, arguments.work)
-                again.write_text(json.dumps(found, indent=1), encoding="utf-8")
-            results[name]["systems"] = json.loads(again.read_text(encoding="utf-8"))
+        results[name] = kept(work, name, measure, name, work, data)
+        results[name]["systems"] = kept(work, f"{name}-systems", systems, name, work)
+    if arguments.prepare:
+        return
+    for name, result in results.items():  # last: all together, on an idle machine
+        run = [target for target, cell in result["cells"].items() if "answers" in cell]
+        timed = {target: work / f"{name}-exports" / target for target in run if target in TIMED}
+        result["speeds"] = kept(work, f"{name}-speeds", speeds, timed, result["decoder"])
     (HERE / "targets.md").write_text(page(results), encoding="utf-8")
     print(page(results))
 
