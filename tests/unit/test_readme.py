@@ -18,7 +18,7 @@ READMES = ("README.md", "README.zh-CN.md")
 
 
 def tours(readme: str) -> list[str]:
-    """The scripts: an encoder, a smaller one, a decoder for commands, a larger decoder."""
+    """The scripts: an encoder, a smaller one, a decoder for commands, a larger one, runtimes."""
     text = (ROOT / readme).read_text(encoding="utf-8")
     return re.findall(r"```sh\n(.*?)```", text, re.S)
 
@@ -95,9 +95,28 @@ def test_the_tour_of_a_larger_decoder(tmp_path: Path) -> None:
     assert {"model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"} <= files
 
 
+@pytest.mark.timeout(600)  # four converters, one after the other
+def test_the_tour_of_every_runtime(tmp_path: Path) -> None:
+    """Of the first tour's model."""
+    for package in ("executorch", "ai_edge_litert", "coremltools"):
+        pytest.importorskip(package, reason="needs the extras executorch, litert and coreml")
+    first, runtimes = tours("README.md")[0], tours("README.md")[4]
+    made = [line for line in first.splitlines() if "MINILM" in line or "compress" in line]
+    script = shortened(
+        "\n".join([*made, runtimes]),
+        ("--minutes 2 ", "--minutes 0.1 "),
+        ("-drop 1.5 ", "-drop 20 --limit 100 --pairs 7 "),
+    )
+    assert "verdict: pass" in follow(script, tmp_path)
+    written = {folder.name for folder in (tmp_path / "runs/everywhere").iterdir()}
+    assert written == {"onnx", "litert", "executorch", "coreml"}
+    page = (tmp_path / "runs/pixel-proof/report.html").read_text(encoding="utf-8")
+    assert "XNNPACK" in page
+
+
 def test_both_readmes_have_the_same_tours() -> None:
     first, second = ([re.sub(r" *#.*", "", tour) for tour in tours(name)] for name in READMES)
-    assert len(first) == 4
+    assert len(first) == 5
     assert first == second
 
 
