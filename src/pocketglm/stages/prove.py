@@ -111,7 +111,7 @@ def prove(
     else:
         _check_labels(other, candidate)
     data = held_out(other.path, held_out(candidate.path, data, reporter), reporter)
-    if _is_emulated(candidate):
+    if _runtime_of(candidate).emulated:
         _check_untimed(candidate, gates)
     rows = read_rows(data, task, gates)
     threads = threads or candidate.manifest.threads or usable_cores()
@@ -272,10 +272,10 @@ def _measure(
     build = Builder(_device.short(device, job.threads))
     found = compare(build, sides, job, reporter)
     tokens, new = _lengths(sides)
-    emulated = _is_emulated(candidate)
+    runtime = _runtime_of(candidate)
     timings = (
         None
-        if emulated
+        if runtime.emulated
         else interleave(
             baseline.path, candidate.path, tokens, job.threads, job.pairs, reporter, new
         )
@@ -303,7 +303,7 @@ def _measure(
             "command": command,
             **({"latency": _latency(timings, tokens, new, job)} if timings else {}),
             **found.details,
-            **({"notes": notes} if (notes := _notes(found.notes, tokens, new, emulated)) else {}),
+            **({"notes": notes} if (notes := _notes(found.notes, tokens, new, runtime)) else {}),
         },
     )
 
@@ -322,15 +322,20 @@ def _latency(timings: tuple[Timings, Timings], tokens: int, new: int, job: Job) 
     }
 
 
-def _is_emulated(side: Side) -> bool:
+def _runtime_of(side: Side) -> Runtime:
     runtime: Runtime = registry.load("runtimes", side.manifest.runtime)
-    return runtime.emulated
+    return runtime
 
 
-def _notes(found: Sequence[str], tokens: int, new: int, emulated: bool) -> list[str]:
-    if emulated:
-        return [*found, "computed by the runtime's reference evaluator: no speed, no memory"]
-    return [*found, _speed_note(tokens, new)] if new else []
+def _notes(found: Sequence[str], tokens: int, new: int, runtime: Runtime) -> list[str]:
+    notes = [*found]
+    if runtime.emulated:
+        return [*notes, "computed by the runtime's reference evaluator: no speed, no memory"]
+    if new:
+        notes.append(_speed_note(tokens, new))
+    if runtime.extra_memory:
+        notes.append(f"memory includes {runtime.extra_memory}")
+    return notes
 
 
 def _speed_note(tokens: int, new: int) -> str:
