@@ -26,6 +26,7 @@ from pocketglm.contracts import (
     DataOptions,
     ExportOptions,
     Reporter,
+    RunOptions,
     Runtime,
     Silent,
     Task,
@@ -35,6 +36,7 @@ from pocketglm.eval._evaluate import check_kind, check_vocabularies, held_out
 from pocketglm.eval.command import read_grammar
 from pocketglm.model.hf import is_decoder, labels_of
 from pocketglm.report import card, html, markdown
+from pocketglm.runtimes import open_session
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.stages import _claims, _claims_decoder, _device
 from pocketglm.stages._claims import Builder, Gates
@@ -93,6 +95,7 @@ def prove(
         CheckpointError: a folder is not what it should be, or was changed since.
         DataError: the data cannot be used.
         OutputExistsError: `out` holds something else.
+        MissingExtraError: the candidate's runtime is not installed.
         WorkError: a measuring process died.
     """
     reporter = reporter or Silent()
@@ -123,6 +126,8 @@ def prove(
     if is_done(out, request, force, inputs):
         return _result(out, read_proof(out), already_done=True)
     command = _command(export, baseline, out, job)
+    # What cannot be opened, for want of a package perhaps, is told before its baseline is made.
+    open_session(candidate.path, RunOptions(threads=threads)).close()
     with output_folder(out, request, force, inputs) as partial:
         _discard(partial)  # what a killed run left
         try:
