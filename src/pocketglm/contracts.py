@@ -256,6 +256,7 @@ class Lowered:
     floats: Literal["fp32", "fp16"] = "fp32"  # the type of constants that are not quantized
     cache: Literal["float32", "float16"] = "float32"  # a decoder's, where it is not quantized
     digests: dict[str, str] = field(default_factory=dict)  # sha256 of files, taken while writing
+    links: list[str] = field(default_factory=list)  # an app's libraries beside the runtime's core
 
 
 @dataclass(frozen=True, slots=True)

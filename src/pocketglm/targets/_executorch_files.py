@@ -96,9 +96,18 @@ def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporte
         outputs=[output],
         operators=lowered.operators,
         minimum=MINIMUM,
+        links=_links(lowered),
         parts=_part_bytes(graph),
         activation=_activation(Weights(ckpt).linear_schemes),
     )
+
+
+def _links(lowered: LoweredModule) -> list[str]:
+    """Also the names of the frameworks for Apple's systems; Android's package has all of them."""
+    quantized = any(
+        node.op.startswith("quantized_decomposed.") and not node.delegated for node in lowered.nodes
+    )
+    return ["backend_xnnpack", "kernels_optimized", *(["kernels_quantized"] if quantized else [])]
 
 
 _Parts = tuple[nn.Module, LoweredModule, list[dict[str, Any]], dict[str, Any]]
