@@ -301,8 +301,9 @@ interval.
     peak memory   weights * (1 + slope) + kv + fixed (+ scores of attention, encoders)
     energy        watts of such a device * time
 
-- weights, kv: bytes that are read; a table that is only looked up is not. LiteRT reads all of a
-  cache of fixed size, others what is filled.
+- weights, kv: bytes that are read; a table that is only looked up is not. Our exports
+  for LiteRT, ExecuTorch and Core ML read all of a cache of fixed size, others what is filled (so do
+  the published rows of ExecuTorch: exports with an attention operator of its own).
 - operations: two per parameter and token, attention added. The head works for a prompt's last token
   only.
 - bandwidth and peak: from the device's profile. CPU: vector pipes of four cores (as runtimes take;

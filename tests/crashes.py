@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from pocketglm.contracts import Reporter
 from pocketglm.errors import UnsupportedError
+from pocketglm.runtimes._quiet import quiet
 
 LIBC = ctypes.CDLL(None)
 
@@ -58,6 +61,15 @@ def lambda_(reporter: Reporter) -> Any:
 def segfault(reporter: Reporter) -> None:
     reporter.progress("writing", 2, 5, "block.2")
     ctypes.string_at(0)
+
+
+def segfault_quietly(reporter: Reporter) -> None:
+    """As a converter does whose words are kept from the terminal."""
+    with quiet():
+        print("its last words", file=sys.stderr, flush=True)
+        warnings.warn("a warning", stacklevel=1)
+        logging.getLogger("converter").warning("a log line")
+        ctypes.string_at(0)
 
 
 def abort(reporter: Reporter) -> None:

@@ -256,6 +256,7 @@ class Lowered:
     floats: Literal["fp32", "fp16"] = "fp32"  # the type of constants that are not quantized
     cache: Literal["float32", "float16"] = "float32"  # a decoder's, where it is not quantized
     digests: dict[str, str] = field(default_factory=dict)  # sha256 of files, taken while writing
+    links: list[str] = field(default_factory=list)  # an app's libraries beside the runtime's core
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,12 +387,16 @@ class Runtime:
 
     delegate: what `RunOptions.optimize` switches on and off; empty: nothing. emulated: on this
     machine a reference evaluator computes what the runtime would, so speed and memory say nothing.
+    packages: Python modules that are imported before the load time is measured: their import is the
+    interpreter's time, not the model's. extra_memory: what of the process an app would not have.
     """
 
     summary: str
     open: Callable[[Path, RunOptions], Session]
     delegate: str = ""
     emulated: bool = False
+    packages: tuple[str, ...] = ()
+    extra_memory: str = ""
 
 
 # --- tasks -------------------------------------------------------------------------------------

@@ -266,7 +266,9 @@ def test_more_bandwidth_is_never_slower_and_more_bytes_never_faster() -> None:
             )
             assert latency(device, heavier, runtime) > latency(device, workload, runtime)
         far = DECODER.model_copy(update={"context": 4096})
-        assert latency(device, far, runtime) >= latency(device, DECODER, runtime)
+        # their exports read all of a cache of fixed size
+        slower = runtime in ("litert", "executorch", "coreml")
+        assert (latency(device, far, runtime) > latency(device, DECODER, runtime)) == slower
         few = predict(DECODER, device, runtime, threads=1).prefill_per_second
         all_ = predict(DECODER, device, runtime).prefill_per_second
         assert few is not None

@@ -446,6 +446,7 @@ def test_only_a_runtime_with_a_switch_is_run_twice(tiny8: Path, tmp_path: Path) 
             asked.append(options.optimize)
             return np.zeros((1, 2), np.float32)
 
-        _, plain = _parity.on_and_off(manifest.model_copy(update={"runtime": runtime}), run)
+        other = manifest.model_copy(update={"runtime": runtime})
+        _, plain = _parity.on_and_off(other, run, Silent())
         assert asked == expected
         assert (plain is None) == (len(expected) == 1)

@@ -120,6 +120,12 @@ def test_the_end_of_the_process_is_told(
     assert ("memory runs out" in outcome.error.hint) == (name == "kill")
 
 
+def test_what_is_kept_from_the_terminal_is_in_the_log() -> None:
+    _, outcome = failed("segfault_quietly")
+    for words in ("its last words", "a warning", "a log line", "in segfault_quietly"):
+        assert words in outcome.output
+
+
 def test_growth_beyond_the_limit_is_stopped() -> None:
     small = call("grow", 1)
     assert (small.value, small.error) == (1, None)

@@ -17,13 +17,19 @@ import pytest
 import torch
 
 from pocketglm.artifacts import manifest as manifest_module
-from pocketglm.artifacts.export import read_export
+from pocketglm.artifacts.export import EXPORT, read_export
 from pocketglm.artifacts.manifest import Manifest
 from pocketglm.artifacts.proof import Claim, read_proof
 from pocketglm.artifacts.schemas import ProveResult
 from pocketglm.contracts import DataOptions, Scores, Silent
 from pocketglm.data.tokenizer_training import save_tokenizer, train_wordpiece
-from pocketglm.errors import CheckpointError, InputError, OutputExistsError, UsageError
+from pocketglm.errors import (
+    CheckpointError,
+    InputError,
+    MissingExtraError,
+    OutputExistsError,
+    UsageError,
+)
 from pocketglm.eval._run import logits_of
 from pocketglm.eval.intent import intent_scores
 from pocketglm.model.encoder import init_encoder, with_classifier
@@ -339,6 +345,23 @@ def test_a_changed_export_is_refused(world: World, tmp_path: Path) -> None:
 def edit(folder: Path, name: str, **fields: Any) -> None:
     file = folder / name
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_a_runtime_that_is_missing_is_told_first(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the baseline is exported."""
+    copy = shutil.copytree(world.good_export, tmp_path / "copy")
+    edit(copy, EXPORT, runtime="litert")
+    monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
+    said: list[str] = []
+    reporter = Silent()
+    monkeypatch.setattr(reporter, "say", said.append)
+    with pytest.raises(MissingExtraError, match=r"ai_edge_litert.*not installed"):
+        prove(copy, world.good, "intent", world.data, tmp_path / "p", reporter=reporter)
+    assert said == []
+    assert not (tmp_path / "p").exists()
+    assert not (tmp_path / "p.partial").exists()
 
 
 def test_models_that_cannot_be_compared(world: World, tmp_path: Path) -> None:

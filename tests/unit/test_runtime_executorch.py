@@ -23,6 +23,7 @@ from pocketglm.contracts import DecoderSession, ExportOptions, Ids, RunOptions
 from pocketglm.errors import CheckpointError, UsageError
 from pocketglm.runtimes import open_decoder, open_encoder
 from pocketglm.runtimes._quiet import quiet
+from pocketglm.stages.bench import bench
 from pocketglm.stages.export import export
 from pocketglm.text.tokenizer import Tokenizer
 
@@ -204,6 +205,31 @@ def test_the_llm_runner_writes_what_pytorch_does(form: str, root: Path) -> None:
             runner.reset()
             assert "".join(written) == tokenizer.inner.decode(wanted)
             assert len(set(wanted)) > 3
+
+
+_OPENED = """
+import sys
+from pathlib import Path
+from pocketglm.contracts import RunOptions
+from pocketglm.runtimes import open_session, runtime_of
+from pocketglm.stages._measure import import_packages
+path = Path(sys.argv[1])
+import_packages(runtime_of(path))
+before = set(sys.modules)
+open_session(path, RunOptions(threads=1))
+print(sorted(name for name in set(sys.modules) - before if not name.startswith("pocketglm")))
+"""
+
+
+def test_the_load_time_is_the_models(root: Path) -> None:
+    """Python has imported ExecuTorch before it is measured, and bench says what that adds."""
+    out = root / "int4-out/executorch"
+    found = subprocess.run([sys.executable, "-c", _OPENED, str(out)], capture_output=True, text=True)
+    assert found.stdout.strip() == "[]", found.stderr
+    assert found.stderr == ""
+    result = bench(out, tokens=8, new_tokens=2, runs=1, warmup=0)
+    assert result.load_ms < 1000
+    assert "PyTorch" in result.extra_memory
 
 
 # --- encoders ------------------------------------------------------------------------------------

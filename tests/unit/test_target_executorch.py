@@ -84,6 +84,8 @@ def test_int4(int4: tuple[Path, Path, ExportManifest]) -> None:
     assert (manifest.activation, manifest.precision) == ("dynamic_token", "int4")
     assert manifest.parity.output_max_abs > 1e-3
     check_operators(manifest, 3)
+    # embedding_4bit is no part of the core's kernels
+    assert manifest.links == ["backend_xnnpack", "kernels_optimized", "kernels_quantized"]
     plans = PteFile(out / "model.pte").program.execution_plan
     metadata = {plan.name: [plan.values[i].val for i in plan.outputs] for plan in plans[1:]}
     numbers = {
@@ -174,6 +176,7 @@ def test_a_static_encoder(tmp_path: Path) -> None:
     assert manifest.parity.agreement is not None
     assert manifest.parity.agreement > 0.99
     assert manifest.operators[DELEGATE] <= 2
+    assert manifest.links == ["backend_xnnpack", "kernels_optimized"]
 
 
 # --- one module ----------------------------------------------------------------------------------
@@ -296,12 +299,12 @@ def test_tables_and_activations() -> None:
     [
         ({**INT8, "symmetric": False}, 64, True, "XNNPACK drops them"),
         ({"bits": 8, "symmetric": False}, 64, True, ""),
-        ({**INT8, "group_size": 32}, 64, True, "compress INT8 per channel"),
-        ({"bits": 4, "group_size": 32}, 64, True, "activation: dynamic_block"),
-        ({**INT4, "group_size": 16}, 64, True, "use group_size 32"),
+        ({**INT8, "group_size": 32}, 64, True, "XNNPACK has none"),
+        ({"bits": 4, "group_size": 32}, 64, True, "no kernel for them"),
+        ({**INT4, "group_size": 16}, 64, True, "XNNPACK's groups are multiples of 32"),
         ({**INT4, "group_size": 96}, 96, True, ""),
         ({**INT4, "group_size": None}, 48, True, "INT4 per row with K = 48"),
-        ({**INT4, "activation": "static"}, 64, True, "quantize_static"),
+        ({**INT4, "activation": "static"}, 64, True, "INT8 per channel"),
         ({"bits": 4, "group_size": 16, "symmetric": False}, 64, False, ""),
         ({"bits": 4}, 63, False, "two values share a byte"),
     ],

@@ -86,7 +86,8 @@ class ExportManifest(Config):
     None: all usable cores.
     Of a decoder: `logits`, the positions that it computes logits of ("last" is right for one row at
     a time only); `eos_ids`, any of which ends a text; `cache`; `command`, what it was trained to
-    parse. `placement`: where it was predicted to run on the device that it was made for.
+    parse. `placement`: where it was predicted to run on the device that it was made for. `links`:
+    libraries of the runtime that the file needs beside its core, by their CMake names.
     """
 
     format: Literal[1] = 1
@@ -116,6 +117,7 @@ class ExportManifest(Config):
     tokenizer_sha256: str
     operators: dict[str, int]
     minimum: dict[str, str] = {}
+    links: list[str] = []
     checkpoint: str
     origin: dict[str, str] = {}
     lineage: list[Step] = []

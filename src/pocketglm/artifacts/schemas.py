@@ -326,6 +326,7 @@ class BenchResult(Config):
     prefill_per_second: float | None = None
     first_third_p50_ms: float | None = None
     last_third_p50_ms: float | None = None
+    extra_memory: str = ""
 
 
 class ProveResult(Config):

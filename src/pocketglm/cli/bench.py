@@ -64,6 +64,8 @@ def main(
             ["measure", "value"],
             rows,
         )
+        if result.extra_memory:
+            print(f"memory includes {result.extra_memory}")
 
     emit(result, json, words)
 

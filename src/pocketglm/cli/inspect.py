@@ -61,6 +61,8 @@ def show(result: InspectResult) -> None:
     if result.export:
         parity = result.export["parity"]
         rows.append(["target", f"{result.export['target']} ({result.export['model_file']})"])
+        needs = [f"{name} {version}" for name, version in result.export["minimum"].items()]
+        rows.append(["needs", ", ".join([*needs, *result.export["links"]])])
         rows.append(["parity", f"{parity['output_max_abs']:.2g} over {parity['n']} rows"])
     if result.proof:
         rows.append(["verdict", f"{result.proof['verdict']} ({PROOF})"])

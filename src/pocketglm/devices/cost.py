@@ -35,6 +35,10 @@ __all__ = ["Constants", "Interval", "Prediction", "Workload", "constants", "pred
 
 FILE = Path(__file__).parent / "cost.yaml"
 RUNTIMES = ("onnx", "litert", "executorch", "coreml", "gguf", "mnn", "qnn")
+# Runtimes whose exports have a cache of fixed size and read all of it for a token. Published rows of
+# ExecuTorch are of exports with its own attention operator, which reads what is filled; ours are for
+# the plain runtime.
+WHOLE_CACHE = ("litert", "executorch", "coreml")
 USELESS = 10.0  # an interval of more than such a factor both ways says nothing: null
 MB = 1e6
 Factor = Annotated[float, Field(gt=0)]
@@ -159,8 +163,7 @@ def _times(
             f"nobody published times of {runtime} on a {unit}: those of other runtimes taken, and "
             "the interval is wide enough for them"
         )
-    if rates.whole != (runtime == "litert"):
-        rates = rates.model_copy(update={"whole": runtime == "litert"})
+    rates = rates.model_copy(update={"whole": runtime in WHOLE_CACHE})
     prompt = prompt_seconds(workload, machine, rates) * 1e3
     if workload.kind == "encoder":
         latency = _around(prompt, fitted.factor("encoder", unit, known))

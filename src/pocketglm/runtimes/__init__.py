@@ -26,10 +26,15 @@ def open_session(
         CheckpointError: neither an export nor a checkpoint that can be used.
         MissingExtraError: the runtime's package is not installed.
     """
+    return runtime_of(path, runtime).open(model_folder(path), options)
+
+
+def runtime_of(path: Path, name: str | None = None) -> Runtime:
+    """What opens the folder; name: that one. Raises as `open_session`."""
     folder = model_folder(path)
-    name = runtime or (read_export(folder).runtime if is_export(folder) else "torch")
+    name = name or (read_export(folder).runtime if is_export(folder) else "torch")
     spec: Runtime = registry.load("runtimes", name)
-    return spec.open(folder, options)
+    return spec
 
 
 def open_encoder(path: Path, options: RunOptions = _DEFAULTS) -> EncoderSession:

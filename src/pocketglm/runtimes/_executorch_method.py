@@ -12,6 +12,8 @@ from pocketglm.contracts import Floats
 from pocketglm.errors import CheckpointError, require
 from pocketglm.runtimes._quiet import quiet
 
+# The last one registers the kernels of quantized_decomposed: embeddings of integers.
+PACKAGES = ("torch", "executorch.runtime", "executorch.kernels.quantized")
 _METHOD = "forward"
 
 
@@ -24,10 +26,8 @@ class Method:
     """
 
     def __init__(self, file: Path, threads: int) -> None:
-        self._torch = require("torch", extra="executorch")
         with quiet():  # it names what it reads about the processor, and its kernels
-            runtime = require("executorch.runtime", extra="executorch")
-            require("executorch.kernels.quantized", extra="executorch")  # embeddings of integers
+            self._torch, runtime, _ = (require(name, extra="executorch") for name in PACKAGES)
             _set_threads(threads)
             try:
                 self._program: Any = runtime.Runtime.get().load_program(file)

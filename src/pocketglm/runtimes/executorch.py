@@ -15,7 +15,7 @@ from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, Session, Sessi
 from pocketglm.errors import UsageError
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.runtimes._executorch_decoder import ExecutorchDecoderSession
-from pocketglm.runtimes._executorch_method import Method
+from pocketglm.runtimes._executorch_method import PACKAGES, Method
 from pocketglm.runtimes._sizes import check_sizes
 
 
@@ -82,4 +82,9 @@ def open_export(path: Path, options: RunOptions) -> Session:
     return ExecutorchSession(Method(file, threads), info, manifest.vocab_size)
 
 
-SPEC = Runtime(summary="ExecuTorch on the CPU", open=open_export)
+SPEC = Runtime(
+    summary="ExecuTorch on the CPU",
+    open=open_export,
+    packages=PACKAGES,
+    extra_memory="PyTorch, which ExecuTorch's Python interface needs and an app does not",
+)

@@ -35,6 +35,7 @@ from pocketglm.errors import (
     from_json,
     to_json,
 )
+from pocketglm.runtimes._quiet import keep_output
 from pocketglm.stages._memory import megabytes, peak_rss
 
 _EVERY = 0.05  # seconds between two looks at the memory
@@ -265,6 +266,7 @@ def main(function: str) -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     faulthandler.enable()
+    keep_output()
     told = _Told(answers)
     value: Any = None
     error: PocketError | None = None

@@ -6,12 +6,14 @@ The process opens the model, tells what it is, then answers one JSON line per li
 `{"runs": k}` or `{"seconds": s}` -> latencies in ms; of a decoder, of the whole prompt and, as
 `steps`, of each of NEW_TOKENS after it. THREADS 0: the model's default. At the end of its input it
 tells its peak memory. `Worker` is the other side. Nothing here imports torch, so the peak of an
-exported model is that of Python, the runtime and the model alone.
+exported model is that of Python, the runtime and the model alone; a runtime that brings torch says
+so in its `extra_memory`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -27,7 +29,7 @@ import numpy as np
 
 from pocketglm.artifacts.checkpoint import read_json
 from pocketglm.artifacts.export import is_export, read_export
-from pocketglm.contracts import DecoderSession, EncoderSession, Ids, RunOptions, SessionInfo
+from pocketglm.contracts import DecoderSession, EncoderSession, Ids, RunOptions, Runtime, SessionInfo
 from pocketglm.errors import (
     InputError,
     MissingExtraError,
@@ -36,7 +38,8 @@ from pocketglm.errors import (
     UsageError,
     WorkError,
 )
-from pocketglm.runtimes import open_session
+from pocketglm.runtimes import open_session, runtime_of
+from pocketglm.runtimes._quiet import quiet
 from pocketglm.stages._memory import peak_rss
 
 
@@ -109,6 +112,13 @@ class Load:
         return cls(Path(path), batch, tokens, threads or None, new, runtime)
 
 
+def import_packages(runtime: Runtime) -> None:
+    """Those that it names; what is missing, opening the model says."""
+    with quiet(), contextlib.suppress(ImportError):
+        for package in runtime.packages:
+            importlib.import_module(package)
+
+
 def serve(load: Load, answers: IO[str]) -> None:
     """The process's whole life; see the module's docstring."""
 
@@ -116,6 +126,7 @@ def serve(load: Load, answers: IO[str]) -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
+    import_packages(runtime_of(load.path, load.runtime))
     start = time.perf_counter()
     session = open_session(load.path, RunOptions(threads=load.threads), load.runtime)
     load_ms = (time.perf_counter() - start) * 1e3

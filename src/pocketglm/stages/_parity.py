@@ -113,11 +113,12 @@ def check_parity(
         for name, difference in _compare_blocks(model, target, file, batch, reporter).items():
             blocks[name] = max(difference, blocks.get(name, 0.0))
     reporter.progress("checking parity", len(blocks), len(blocks))
-    reporter.say("checking parity of the whole file, as shipped and without its delegate")
     with torch.inference_mode(), quantized_inputs(model, input_grids(ckpt, model)):
         wanted = np.concatenate([_torch(model, batch).numpy() for batch in batches])
     try:
-        shipped, plain = on_and_off(manifest, lambda options: _run(folder, batches, options))
+        shipped, plain = on_and_off(
+            manifest, lambda options: _run(folder, batches, options), reporter
+        )
     except MissingExtraError as error:
         return by_parts(blocks, wanted, target.tolerance, error, reporter)
     classes = bool(manifest.labels)
@@ -125,10 +126,12 @@ def check_parity(
 
 
 def on_and_off(
-    manifest: ExportManifest, run: Callable[[RunOptions], Floats]
+    manifest: ExportManifest, run: Callable[[RunOptions], Floats], reporter: Reporter
 ) -> tuple[Floats, Floats | None]:
     """What `run` gives with the runtime's delegate and without; None: the runtime has no switch."""
     runtime: Runtime = registry.load("runtimes", manifest.runtime)
+    ways = f", with and without {runtime.delegate}" if runtime.delegate else ""
+    reporter.say(f"checking parity of the whole file{ways}")
     shipped = run(RunOptions(optimize=True))
     return shipped, run(RunOptions(optimize=False)) if runtime.delegate else None
 

@@ -109,9 +109,10 @@ def _check(
         torch.set_num_threads(threads)
     if not whole:
         return by_parts(blocks, wanted, tolerance)
-    reporter.say("checking parity of the whole file, as shipped and without its delegate")
     try:
-        shipped, plain = on_and_off(manifest, lambda options: _run(folder, ids, mask, options))
+        shipped, plain = on_and_off(
+            manifest, lambda options: _run(folder, ids, mask, options), reporter
+        )
     except MissingExtraError as error:
         return by_parts(blocks, wanted, tolerance, error, reporter)
     return judge(manifest, wanted, shipped, plain, blocks, tolerance, classes=True)

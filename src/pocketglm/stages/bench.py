@@ -14,6 +14,7 @@ from pocketglm.artifacts.schemas import BenchResult
 from pocketglm.contracts import Reporter, Silent
 from pocketglm.errors import UsageError
 from pocketglm.model.hf import is_decoder
+from pocketglm.runtimes import runtime_of
 from pocketglm.stages import _device
 from pocketglm.stages._measure import Worker
 
@@ -107,6 +108,7 @@ def bench(
         prefill_per_second=tokens * 1e3 / prefill if prefill else None,
         first_third_p50_ms=float(np.median(values[:third])) if duration else None,
         last_third_p50_ms=float(np.median(values[-third:])) if duration else None,
+        extra_memory=runtime_of(path, runtime).extra_memory,
     )
 
 

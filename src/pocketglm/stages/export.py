@@ -260,6 +260,7 @@ def _manifest(
         tokenizer_sha256=digest_file(folder / "tokenizer.json"),
         operators=lowered.operators,
         minimum=lowered.minimum,
+        links=lowered.links,
         checkpoint=digest,
         origin=ckpt.manifest.origin or origin_of(ckpt.path),
         lineage=ckpt.manifest.lineage,

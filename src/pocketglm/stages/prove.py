@@ -26,6 +26,7 @@ from pocketglm.contracts import (
     DataOptions,
     ExportOptions,
     Reporter,
+    RunOptions,
     Runtime,
     Silent,
     Task,
@@ -35,6 +36,7 @@ from pocketglm.eval._evaluate import check_kind, check_vocabularies, held_out
 from pocketglm.eval.command import read_grammar
 from pocketglm.model.hf import is_decoder, labels_of
 from pocketglm.report import card, html, markdown
+from pocketglm.runtimes import open_session
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.stages import _claims, _claims_decoder, _device
 from pocketglm.stages._claims import Builder, Gates
@@ -93,6 +95,7 @@ def prove(
         CheckpointError: a folder is not what it should be, or was changed since.
         DataError: the data cannot be used.
         OutputExistsError: `out` holds something else.
+        MissingExtraError: the candidate's runtime is not installed.
         WorkError: a measuring process died.
     """
     reporter = reporter or Silent()
@@ -111,7 +114,7 @@ def prove(
     else:
         _check_labels(other, candidate)
     data = held_out(other.path, held_out(candidate.path, data, reporter), reporter)
-    if _is_emulated(candidate):
+    if _runtime_of(candidate).emulated:
         _check_untimed(candidate, gates)
     rows = read_rows(data, task, gates)
     threads = threads or candidate.manifest.threads or usable_cores()
@@ -123,6 +126,8 @@ def prove(
     if is_done(out, request, force, inputs):
         return _result(out, read_proof(out), already_done=True)
     command = _command(export, baseline, out, job)
+    # What cannot be opened, for want of a package perhaps, is told before its baseline is made.
+    open_session(candidate.path, RunOptions(threads=threads)).close()
     with output_folder(out, request, force, inputs) as partial:
         _discard(partial)  # what a killed run left
         try:
@@ -272,10 +277,10 @@ def _measure(
     build = Builder(_device.short(device, job.threads))
     found = compare(build, sides, job, reporter)
     tokens, new = _lengths(sides)
-    emulated = _is_emulated(candidate)
+    runtime = _runtime_of(candidate)
     timings = (
         None
-        if emulated
+        if runtime.emulated
         else interleave(
             baseline.path, candidate.path, tokens, job.threads, job.pairs, reporter, new
         )
@@ -303,7 +308,7 @@ def _measure(
             "command": command,
             **({"latency": _latency(timings, tokens, new, job)} if timings else {}),
             **found.details,
-            **({"notes": notes} if (notes := _notes(found.notes, tokens, new, emulated)) else {}),
+            **({"notes": notes} if (notes := _notes(found.notes, tokens, new, runtime)) else {}),
         },
     )
 
@@ -322,15 +327,20 @@ def _latency(timings: tuple[Timings, Timings], tokens: int, new: int, job: Job) 
     }
 
 
-def _is_emulated(side: Side) -> bool:
+def _runtime_of(side: Side) -> Runtime:
     runtime: Runtime = registry.load("runtimes", side.manifest.runtime)
-    return runtime.emulated
+    return runtime
 
 
-def _notes(found: Sequence[str], tokens: int, new: int, emulated: bool) -> list[str]:
-    if emulated:
-        return [*found, "computed by the runtime's reference evaluator: no speed, no memory"]
-    return [*found, _speed_note(tokens, new)] if new else []
+def _notes(found: Sequence[str], tokens: int, new: int, runtime: Runtime) -> list[str]:
+    notes = [*found]
+    if runtime.emulated:
+        return [*notes, "computed by the runtime's reference evaluator: no speed, no memory"]
+    if new:
+        notes.append(_speed_note(tokens, new))
+    if runtime.extra_memory:
+        notes.append(f"memory includes {runtime.extra_memory}")
+    return notes
 
 
 def _speed_note(tokens: int, new: int) -> str:

@@ -31,6 +31,7 @@ from pocketglm.targets._litert_ranges import result_ranges
 from pocketglm.targets._litert_weights import Weights
 from pocketglm.targets._onnx_folder import encoder_config, port, write_tokenizer
 from pocketglm.targets._onnx_rows import stored_shape
+from pocketglm.targets._refusals import scheme_reasons
 
 MODEL = "model.pte"
 MINIMUM = {"executorch": "1.5"}  # the only one that the files were tried with
@@ -60,23 +61,22 @@ def supports(ckpt: Checkpoint, options: ExportOptions) -> list[str]:
 
 
 def _scheme_reasons(ckpt: Checkpoint) -> list[str]:
-    found: dict[str, list[str]] = {}
-    for name, scheme in ckpt.manifest.schemes.items():
-        columns = stored_shape(ckpt, name)[1]
-        if reason := refusal(scheme, columns, linear=not is_embedding(name)):
-            found.setdefault(reason, []).append(name)
-    if is_decoder(ckpt) and decoder_spec_of(ckpt).tied:
-        # The head reads the embedding's integers by a linear layer's kernel.
-        dynamic = "dynamic_token" if Weights(ckpt).dynamic else "none"
-        for name, scheme in ckpt.manifest.schemes.items():
-            read = scheme.model_copy(update={"activation": dynamic})
-            reason = refusal(read, stored_shape(ckpt, name)[1], linear=True)
-            if is_embedding(name) and reason:
-                found.setdefault(f"as the head: {reason}", []).append(name)
-    return [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
-        for reason, names in found.items()
-    ]
+    def refuse(name: str, scheme: TensorScheme) -> str:
+        return refusal(scheme, stored_shape(ckpt, name)[1], linear=not is_embedding(name))
+
+    reasons = scheme_reasons(ckpt, refuse)
+    if not (is_decoder(ckpt) and decoder_spec_of(ckpt).tied):
+        return reasons
+    # The head reads the embedding's integers by a linear layer's kernel.
+    dynamic = "dynamic_token" if Weights(ckpt).dynamic else "none"
+
+    def refuse_head(name: str, scheme: TensorScheme) -> str:
+        read = scheme.model_copy(update={"activation": dynamic})
+        cause = refusal(read, stored_shape(ckpt, name)[1], linear=True)
+        return cause and f"as the head: {cause}"
+
+    tables = [name for name in ckpt.manifest.schemes if is_embedding(name)]
+    return reasons + scheme_reasons(ckpt, refuse_head, tables, tied=True)
 
 
 def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporter) -> Lowered:
@@ -96,9 +96,18 @@ def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporte
         outputs=[output],
         operators=lowered.operators,
         minimum=MINIMUM,
+        links=_links(lowered),
         parts=_part_bytes(graph),
         activation=_activation(Weights(ckpt).linear_schemes),
     )
+
+
+def _links(lowered: LoweredModule) -> list[str]:
+    """Also the names of the frameworks for Apple's systems; Android's package has all of them."""
+    quantized = any(
+        node.op.startswith("quantized_decomposed.") and not node.delegated for node in lowered.nodes
+    )
+    return ["backend_xnnpack", "kernels_optimized", *(["kernels_quantized"] if quantized else [])]
 
 
 _Parts = tuple[nn.Module, LoweredModule, list[dict[str, Any]], dict[str, Any]]

@@ -42,24 +42,21 @@ def refusal(scheme: TensorScheme, columns: int, *, linear: bool) -> str:
     """Why ExecuTorch would not compute what this scheme says, or ''."""
     bits, group, exact = scheme.bits, scheme.group_size, scheme.activation == "none"
     if bits == 8 and group is not None:
-        return f"INT8 by groups of {group}: it has none: compress INT8 per channel (no group_size)"
+        return f"INT8 by groups of {group}: XNNPACK has none"
     if not linear:
         return f"INT4 with K = {columns}: two values share a byte" if columns % (8 // bits) else ""
     if not scheme.symmetric and not (bits == 8 and exact):
         return (
-            "zero points: XNNPACK drops them without an error: compress with symmetric: true, or "
-            "INT8 with activation: none"
+            "zero points: XNNPACK drops them without an error (INT8 with float activations keeps "
+            "them)"
         )
     if bits == 4 and exact:
-        return (
-            "INT4 with float activations: it has no kernel for them: compress with activation: "
-            "dynamic_block (ExecuTorch rounds per token), or INT8 with none"
-        )
+        return "INT4 with float activations: ExecuTorch has no kernel for them"
     if bits == 4 and (group or columns) % GROUP:
         what = f"group_size {group}" if group else f"INT4 per row with K = {columns}"
-        return f"{what}: XNNPACK's groups are multiples of {GROUP}: use group_size {GROUP}, or INT8"
+        return f"{what}: XNNPACK's groups are multiples of {GROUP}"
     if scheme.activation == "static" and bits != 8:
-        return "static activations go with INT8 per channel: use quantize_static, or dynamic_block"
+        return "static activations go with INT8 per channel"
     return ""
 
 

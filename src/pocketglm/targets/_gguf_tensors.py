@@ -67,18 +67,16 @@ def refusal(scheme: TensorScheme, columns: int) -> str:
     """Why no tensor type carries this scheme, and what would be carried, or ''."""
     if not scheme.symmetric:
         return (
-            "it has zero points, which Q8_0 and Q4_0 have no place for (Q4_1 rounds them): "
-            "compress with symmetric: true"
+            "it has zero points, which Q8_0 and Q4_0 have no place for (Q4_1 rounds them)"
         )
     if scheme.activation == "static":
         return (
-            "activation static: llama.cpp quantizes inputs by itself, in blocks of 32; compress "
-            "with quantize_rtn, or another method without fixed input grids"
+            "activation static: llama.cpp quantizes inputs by itself, in blocks of 32"
         )
     if columns % BLOCK:
         return f"K = {columns} is not a multiple of {BLOCK}: keep it float with skip"
     if scheme.group_size is not None and scheme.group_size % BLOCK:
-        return f"group_size {scheme.group_size}: a block has {BLOCK} columns; compress with 32"
+        return f"group_size {scheme.group_size}: a block has {BLOCK} columns"
     return ""
 
 

@@ -21,7 +21,7 @@ from pocketglm.targets._litert_files import (
     activation_of,
     part_bytes,
     ports,
-    scheme_reasons,
+    weight_reasons,
 )
 from pocketglm.targets._litert_lm import write_bundle
 from pocketglm.targets._litert_weights import Weights
@@ -30,7 +30,7 @@ from pocketglm.targets._onnx_folder import write_tokenizer
 
 def supports(ckpt: Checkpoint, options: ExportOptions) -> list[str]:
     """The reasons why this decoder cannot be lowered; empty if it can."""
-    reasons = scheme_reasons(ckpt)
+    reasons = weight_reasons(ckpt)
     if any(scheme.activation == "static" for scheme in ckpt.manifest.schemes.values()):
         reasons.append("static activations are for encoders: compress with dynamic_block")
     if ckpt.manifest.cache is not None:

@@ -18,6 +18,7 @@ from pocketglm.targets._litert_ranges import result_ranges
 from pocketglm.targets._litert_weights import Weights
 from pocketglm.targets._onnx_folder import encoder_config, port, write_tokenizer
 from pocketglm.targets._onnx_rows import stored_shape
+from pocketglm.targets._refusals import scheme_reasons
 
 MODEL = "model.tflite"
 MINIMUM = {"ai-edge-litert": "2.3"}  # the only one that the files were tried with
@@ -25,20 +26,16 @@ MINIMUM = {"ai-edge-litert": "2.3"}  # the only one that the files were tried wi
 
 def supports(ckpt: Checkpoint, options: ExportOptions) -> list[str]:
     """The reasons why this encoder cannot be lowered; empty if it can."""
-    return scheme_reasons(ckpt)
+    return weight_reasons(ckpt)
 
 
-def scheme_reasons(ckpt: Checkpoint) -> list[str]:
-    """The reasons that lie in the weights' schemes, each with its weights."""
-    found: dict[str, list[str]] = {}
-    for name, scheme in ckpt.manifest.schemes.items():
-        columns = stored_shape(ckpt, name)[1]
-        if reason := refusal(scheme, columns, linear=not is_embedding(name)):
-            found.setdefault(reason, []).append(name)
-    return [
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
-        for reason, names in found.items()
-    ]
+def weight_reasons(ckpt: Checkpoint) -> list[str]:
+    """The reasons that lie in the weights' schemes."""
+
+    def refuse(name: str, scheme: TensorScheme) -> str:
+        return refusal(scheme, stored_shape(ckpt, name)[1], linear=not is_embedding(name))
+
+    return scheme_reasons(ckpt, refuse)
 
 
 def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporter) -> Lowered:

@@ -39,39 +39,35 @@ _QUANTIZED_LOOKUP = 4  # of EMBEDDING_LOOKUP, likewise
 # with these layers alone by 1.0, as in ONNX Runtime, whose products give float.
 INT8_RESULTS = ("attention.query", "attention.key", "attention.value", "ffn.up")
 GROUPS = (32, 64, 128)  # the widths that XNNPACK's kernels were tried with
+_WRONG_GROUPS = (
+    "16 gives wrong results without an error, and no others were tried than "
+    f"{', '.join(map(str, GROUPS))}"
+)
 
 
 def refusal(scheme: TensorScheme, columns: int, *, linear: bool) -> str:
     """Why LiteRT would not compute what this scheme says, or ''."""
     bits, group = scheme.bits, scheme.group_size
     if not scheme.symmetric:
-        return (
-            "zero points: its integer kernels drop them or refuse the file: compress with "
-            "symmetric: true"
-        )
+        return "zero points: LiteRT's integer kernels drop them or refuse the file"
     if bits == 8 and group is not None:
-        return f"INT8 by groups of {group}: it has none: compress INT8 per channel (no group_size)"
+        return f"INT8 by groups of {group}: LiteRT has none"
     if group is not None and group not in GROUPS:
-        return f"group_size {group}: {_wrong_groups()}"
+        return f"group_size {group}: {_WRONG_GROUPS}"
     if bits == 4 and columns % 2:
-        return f"INT4 with K = {columns}: two values share a byte: K must be even; use INT8"
+        return f"INT4 with K = {columns}: two values share a byte: K must be even"
     if not linear:
         return ""
     if bits == 4 and scheme.activation != "none" and not block_of(scheme, columns):
-        return f"INT4 with K = {columns}, no multiple of {min(GROUPS)}: use INT8 per channel"
+        return f"INT4 with K = {columns}, no multiple of {min(GROUPS)}"
     if group is not None and scheme.activation == "none":
         return (
             "INT4 by group with float activations: dequantizing blocks gives wrong values without "
-            "an error: compress with activation: dynamic_block, or INT8 per channel with none"
+            "an error"
         )
     if scheme.activation == "static" and bits != 8:
-        return "static activations go with INT8 per channel: use quantize_static, or dynamic_block"
+        return "static activations go with INT8 per channel"
     return ""
-
-
-def _wrong_groups() -> str:
-    known = ", ".join(map(str, GROUPS))
-    return f"16 gives wrong results without an error, others are untried: use one of {known}"
 
 
 def block_of(scheme: TensorScheme, columns: int) -> int:

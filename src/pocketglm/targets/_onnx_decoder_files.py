@@ -29,6 +29,7 @@ from pocketglm.targets._onnx_external import ExternalData
 from pocketglm.targets._onnx_folder import oldest_runtime, part_bytes, port, write_tokenizer
 from pocketglm.targets._onnx_genai import genai_config
 from pocketglm.targets._onnx_rows import BLOCKS, Rows, block_of, stored_shape
+from pocketglm.targets._refusals import scheme_reasons
 
 MODEL = "model.onnx"
 _SIXTEEN = 16  # GroupQueryAttention's rotary kernel takes features by this many
@@ -47,14 +48,9 @@ def supports(ckpt: Checkpoint, options: ExportOptions) -> list[str]:
     for what, size in (("head_dim", spec.head_dim), ("rotary dims", spec.rope.dims)):
         if whole and size % _SIXTEEN:
             reasons.append(f"{what} {size}: GroupQueryAttention takes multiples of {_SIXTEEN} only")
-    found: dict[str, list[str]] = {}
-    for name, scheme in ckpt.manifest.schemes.items():
-        if reason := _refusal(scheme, stored_shape(ckpt, name)[1]):
-            found.setdefault(reason, []).append(name)
-    for reason, names in found.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        reasons.append(f"{names[0]}{more}: {reason}")
-    return reasons
+    return reasons + scheme_reasons(
+        ckpt, lambda name, scheme: _refusal(scheme, stored_shape(ckpt, name)[1])
+    )
 
 
 def _refusal(scheme: TensorScheme, columns: int) -> str:

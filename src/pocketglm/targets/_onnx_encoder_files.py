@@ -32,6 +32,7 @@ from pocketglm.targets._onnx_folder import (
     write_tokenizer,
 )
 from pocketglm.targets._onnx_linear import Weights, is_standard, refusal
+from pocketglm.targets._refusals import scheme_reasons
 
 # Bits of the linear layers -> the file name and `dtype` by which Transformers.js finds the file.
 _FILES = {32: ("model.onnx", "fp32"), 8: ("model_quantized.onnx", "q8"), 4: ("model_q4.onnx", "q4")}
@@ -54,14 +55,7 @@ def supports(ckpt: Checkpoint, options: ExportOptions) -> list[str]:
             f"quantized otherwise, e.g. {own[0]}: leave --opset out, compress with "
             "quantize_static, or export the checkpoint from before its quantization"
         )
-    found: dict[str, list[str]] = {}
-    for name, scheme in schemes.items():
-        if reason := refusal(scheme, linear=not is_embedding(name)):
-            found.setdefault(reason, []).append(name)
-    for reason, names in found.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        reasons.append(f"{names[0]}{more}: {reason}")
-    return reasons
+    return reasons + scheme_reasons(ckpt, lambda n, s: refusal(s, linear=not is_embedding(n)))
 
 
 def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporter) -> Lowered:

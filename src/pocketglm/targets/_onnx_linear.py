@@ -85,10 +85,7 @@ def refusal(scheme: TensorScheme, *, linear: bool) -> str:
         return ""
     per_channel = scheme.bits == 8 and scheme.group_size is None
     if scheme.activation in ("dynamic_tensor", "static") and not per_channel:
-        return (
-            f"activation {scheme.activation} goes with INT8 per channel only; for INT4 or groups, "
-            "compress with activation dynamic_block (faster) or none (exact)"
-        )
+        return f"activation {scheme.activation} goes with INT8 per channel only"
     return ""
 
 

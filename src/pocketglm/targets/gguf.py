@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.contracts import ExportOptions, Lowered, Reporter, Target
 from pocketglm.errors import require
 from pocketglm.model.hf import (
@@ -28,6 +29,7 @@ from pocketglm.targets._gguf_file import F16, F32, Q4_0, Q8_0, VERSION, Entry, W
 from pocketglm.targets._gguf_readback import check_values
 from pocketglm.targets._gguf_tensors import Source, Weights, refusal
 from pocketglm.targets._onnx_folder import port, write_tokenizer
+from pocketglm.targets._refusals import scheme_reasons
 
 MODEL = "model.gguf"
 _FILE_TYPES = {F32: 0, F16: 1, Q4_0: 2, Q8_0: 7}  # general.file_type: what most weights are
@@ -54,19 +56,15 @@ def supports(ckpt: Checkpoint, options: ExportOptions) -> list[str]:
 
 
 def _scheme_reasons(ckpt: Checkpoint) -> list[str]:
-    found: dict[str, list[str]] = {}
     tables = [] if is_decoder(ckpt) else [stored_name(ckpt, n) for n in encoder.FLOAT_TABLES]
     weights = Weights(ckpt)
-    for name, scheme in ckpt.manifest.schemes.items():
-        reason = refusal(scheme, weights.stored_shape(name)[1])
+
+    def refuse(name: str, scheme: TensorScheme) -> str:
         if name in tables:
-            reason = "llama.cpp reads this table as float: leave it out of the quantization"
-        if reason:
-            found.setdefault(reason, []).append(name)
-    more = {
-        r: f" and {len(names) - 1} more" if len(names) > 1 else "" for r, names in found.items()
-    }
-    return [f"{names[0]}{more[reason]}: {reason}" for reason, names in found.items()]
+            return "llama.cpp reads this table as float: leave it out of the quantization"
+        return refusal(scheme, weights.stored_shape(name)[1])
+
+    return scheme_reasons(ckpt, refuse)
 
 
 def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporter) -> Lowered:
