@@ -285,7 +285,8 @@ class Target:
     integers in its cache, these: `cache.0` [2, B, kv heads, S, head_dim].
 
     `graphs` says from the headers what `lower` will write, so that a check can tell where it will
-    run; None: its runtime has no delegates.
+    run; None: its runtime has no delegates. `systems`: of the devices that its runtime is for; ():
+    any.
     """
 
     summary: str
@@ -295,6 +296,7 @@ class Target:
     blocks: Callable[[Path, Ids, Ids], Iterable[tuple[str, Floats]]]
     tolerance: Tolerance = Tolerance()
     graphs: Callable[[Checkpoint, ExportOptions], Sequence[Graph]] | None = None
+    systems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from pocketglm.cli._main import main
 from pocketglm.cli._placement import warn
 from pocketglm.contracts import ExportOptions, Silent
 from pocketglm.devices.profile import all_profiles
-from pocketglm.errors import PlacementError, UsageError, WorkError
-from pocketglm.stages._placement import foresee, warnings
+from pocketglm.errors import PlacementError, UnsupportedError, UsageError, WorkError
+from pocketglm.stages._placement import _chosen, foresee, warnings
 from pocketglm.stages.export import export
 
 CHECK = registry.load("checks", "placement")
@@ -383,6 +384,48 @@ def test_the_named_delegate_decides(folder: Path) -> None:
         ask(delegate="gpu")
     with pytest.raises(UsageError, match="unknown device"):
         ask(device="nokia-3310")
+
+
+def test_of_two_ways_to_an_npu_the_better_one_counts(folder: Path) -> None:
+    encoder(folder)
+    ckpt, target = Checkpoint.open(folder), registry.load("targets", "litert")
+    options = ExportOptions(device="galaxy-s24-ultra")
+    rows = [p for p in foresee(ckpt, "litert", target, options) if p.runs_on == "npu"]
+    assert len(rows) == 2
+    worse, better = (row.model_copy(update={"graph": "g"}) for row in rows)
+    worse = worse.model_copy(update={"macs_taken": 0, "judgement": "little"})
+    for entries in ([worse, better], [better, worse]):
+        assert _chosen(entries, "litert", replace(options, delegate="npu")) == [better]
+
+
+def test_a_delegate_that_the_file_is_not_lowered_for_is_refused(folder: Path) -> None:
+    """ExecuTorch's are chosen when the file is written; ours is for XNNPACK."""
+    encoder(folder)
+    ckpt, target = Checkpoint.open(folder), registry.load("targets", "executorch")
+    options = ExportOptions(device="pixel-8-pro")
+    rows = {entry.delegate: entry for entry in foresee(ckpt, "executorch", target, options)}
+    assert rows["executorch-xnnpack"].lowered
+    assert not rows["executorch-vulkan"].lowered
+    words = "of a file that is lowered for it, which the executorch target does not write"
+    with pytest.raises(PlacementError, match=words) as caught:
+        foresee(ckpt, "executorch", target, replace(options, delegate="gpu"))
+    assert "another delegate" in caught.value.hint
+
+
+def test_a_target_that_the_device_cannot_have(folder: Path, tmp_path: Path) -> None:
+    encoder(folder)
+    ckpt = Checkpoint.open(folder)
+    for name, device in (
+        ("coreml", "pixel-8-pro"),
+        ("gguf", "nokia-3310"),
+        ("gguf", "pixel-8-pro"),
+    ):
+        options = ExportOptions(device=device, delegate="gpu" if name == "gguf" else None)
+        with pytest.raises((UsageError, UnsupportedError)) as caught:
+            foresee(ckpt, name, registry.load("targets", name), options)
+        words = {"coreml": "coreml is for ios and macos", "nokia-3310": "unknown device"}
+        wanted = words.get(name) or words.get(device) or "gguf has no delegates"
+        assert wanted in caught.value.message
 
 
 def test_a_gpu_that_would_be_handed_many_pieces_is_told(folder: Path) -> None:

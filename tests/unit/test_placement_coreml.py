@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_encoder import quantize_weights, save_tiny
@@ -12,6 +13,7 @@ from pocketglm import registry
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.placement import Placement
 from pocketglm.artifacts.scheme import TensorScheme
+from pocketglm.checks import placement
 from pocketglm.checks._rules import all_rules
 from pocketglm.contracts import ComputeUnits, ExportOptions, Silent
 from pocketglm.errors import PlacementError
@@ -84,3 +86,23 @@ def test_a_decoder_is_not_for_the_neural_engine(tmp_path: Path) -> None:
     options = ExportOptions(max_length=32, device="iphone-15-pro", delegate="npu")
     with pytest.raises(PlacementError, match="Neural Engine"):
         foresee(Checkpoint.open(tmp_path), "coreml", registry.load("targets", "coreml"), options)
+
+
+@pytest.mark.parametrize(
+    ("units", "refused"), [("cpuAndNeuralEngine", "npu"), ("cpuAndGPU", "gpu"), ("cpuOnly", "")]
+)
+def test_the_compute_units_name_the_delegate(
+    units: Any, refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --delegate: what takes little of the package is refused only if it is asked for."""
+    save_tiny(tmp_path)
+    ckpt, target = Checkpoint.open(tmp_path), registry.load("targets", "coreml")
+    options = ExportOptions(device="iphone-15-pro", compute_units=units, max_length=16)
+    assert {entry.judgement for entry in foresee(ckpt, "coreml", target, options)} >= {"little"}
+    monkeypatch.setattr(placement, "LITTLE", 2.0)  # now each takes little
+    if not refused:
+        assert foresee(ckpt, "coreml", target, options)
+        return
+    title = {"npu": "Neural Engine", "gpu": "GPU"}[refused]
+    with pytest.raises(PlacementError, match=f"{title} through Core ML"):
+        foresee(ckpt, "coreml", target, options)

@@ -5,6 +5,7 @@ Each is planted with the real converter.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -292,6 +293,43 @@ def test_a_declared_shape_that_does_not_fit(damaged: Path) -> None:
 def test_arguments_that_do_not_fit(damaged: Path, change: Any, words: str) -> None:
     _changed(damaged, lambda operations: change(_operation(operations, "concat").inputs))
     assert any(words in problem for problem in check_program(read_package(damaged)))
+
+
+@pytest.mark.parametrize("kind", ["const", "softmax"])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_value_that_nothing_makes(damaged: Path, kind: str, later: bool) -> None:
+    """An operation is gone, or behind those that read it."""
+
+    def change(operations: Any) -> None:
+        moved = type(operations[0])()
+        moved.CopyFrom(_operation(operations, kind))
+        operations.remove(moved)
+        if later:
+            operations.append(moved)
+
+    package = read_package(_changed(damaged, change))
+    words = r"main: \w+ \w+ reads \w+, which nothing before it makes"
+    assert re.fullmatch(words, check_program(package)[0])
+    with pytest.raises(CheckpointError, match=words):
+        Evaluator(package)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: f.block_specializations[f.opset].outputs.append("y"), "main computes no y"),
+        (lambda f: setattr(f, "opset", "CoreML99"), "no operations for its CoreML99"),
+    ],
+)
+def test_a_function_without_what_it_names(damaged: Path, change: Any, words: str) -> None:
+    from coremltools.proto import Model_pb2
+
+    file = damaged / "Data/com.apple.CoreML/model.mlmodel"
+    model = Model_pb2.Model.FromString(file.read_bytes())
+    change(model.mlProgram.functions["main"])
+    file.write_bytes(model.SerializeToString())
+    with pytest.raises(CheckpointError, match=words):
+        read_package(damaged)
 
 
 def test_a_state_that_is_written_with_what_was_in_it(damaged: Path) -> None:

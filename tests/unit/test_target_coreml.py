@@ -18,7 +18,7 @@ from tiny_encoder import quantize_weights, save_tiny
 
 from pocketglm import registry
 from pocketglm.artifacts.checkpoint import Checkpoint
-from pocketglm.artifacts.export import ExportManifest, read_export
+from pocketglm.artifacts.export import ExportManifest, check_files, read_export
 from pocketglm.artifacts.scheme import TensorScheme
 from pocketglm.cli._main import main
 from pocketglm.contracts import (
@@ -242,12 +242,23 @@ def test_the_identity_matrix_gives_the_weight(form: str, layout: Any, tmp_path: 
 
 def test_two_exports_are_the_same_bytes(tmp_path: Path) -> None:
     folder = quantize_weights(save_tiny(tmp_path / "ckpt"), linears(bits=8))
-    first, second = (exported(folder, tmp_path / name)[1] for name in ("a", "b"))
+    first = exported(folder, tmp_path / "a")[1]
+    # A placement builds the graph, too.
+    second = exported(folder, tmp_path / "b", device="iphone-15-pro")[1]
     assert first.files == second.files
     inside = {name.partition("/")[2] for name in first.files if name.startswith("model.mlpackage")}
     assert "Data/com.apple.CoreML/weights/weight.bin" in inside
     notes = model_of(tmp_path / "a/coreml/model.mlpackage").description.metadata.userDefined
     assert not any("date" in key for key in notes)
+
+
+def test_opening_it_in_coremltools_changes_no_byte(tmp_path: Path) -> None:
+    """coremltools writes Manifest.json again when it opens a package."""
+    _, manifest = exported(save_tiny(tmp_path / "ckpt"), tmp_path / "out")
+    folder = tmp_path / "out/coreml"
+    tools = pytest.importorskip("coremltools")
+    tools.models.MLModel(str(folder / manifest.model_file), skip_model_load=True)
+    check_files(folder, manifest)
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -46,16 +46,18 @@ class PartShare(Config):
 class Placement(Config):
     """One delegate's share of one graph of an export on a device.
 
-    delegate: `litert-xnnpack`, ...; title: in words. runs_on: the unit; accelerator: its name on
-    this device. partitions: connected pieces that the delegate takes. left: what falls back, most
-    work first. evidence: how its rules are known at best. judgement: `little` below half of the
-    multiplications, `partial` below nine tenths.
+    delegate: `litert-xnnpack`, ...; title: in words. lowered: false: it would take this of a file
+    that was lowered for it, and takes nothing of the one that the target writes. runs_on: the unit;
+    accelerator: its name on this device. partitions: connected pieces that the delegate takes.
+    left: what falls back, most work first. evidence: how its rules are known at best. judgement:
+    `little` below half of the multiplications, `partial` below nine tenths.
     """
 
     target: str
     device: str
     delegate: str
     title: str
+    lowered: bool = True
     runs_on: Unit
     accelerator: str
     graph: str

@@ -3,6 +3,7 @@
     title: XNNPACK in LiteRT
     target: litert                 whose graphs it judges
     runs_on: cpu                   or gpu, npu
+    lowered: false                 it needs a file of its own, which the target does not write
     evidence: source               how its rules are known, unless one says otherwise
     source: code                   a key of `sources`, likewise
     where: {os: [android]}         the devices that have it, see `_devices.py`
@@ -110,7 +111,7 @@ class Rules(Config):
     title: str
     target: str
     runs_on: Unit
-    default: bool = False
+    lowered: bool = True
     evidence: Evidence
     source: str
     note: str = ""

@@ -81,6 +81,7 @@ def place(
         device=where[0],
         delegate=name,
         title=rules.title,
+        lowered=rules.lowered,
         runs_on=rules.runs_on,
         accelerator=where[1],
         graph=graph.name,

@@ -51,6 +51,8 @@ def _figure(key: str, entry: Placement) -> str:
     )
     unit = "" if entry.runs_on == "cpu" else f"{_UNITS[entry.runs_on]}, "
     unit += f"{entry.accelerator}, graph {entry.graph}"
+    if not entry.lowered:
+        unit += "; of a file that is lowered for it, which this one is not"
     return (
         f'<figure class="wide"><figcaption><b>{esc(entry.title)}</b><span>{esc(words)}</span>'
         f'</figcaption><p class="unit">{esc(unit)}; {esc(_KNOWN[entry.evidence])}.</p>'

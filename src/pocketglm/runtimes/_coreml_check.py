@@ -54,15 +54,18 @@ def check_program(package: Package, states: Iterable[str] | None = None) -> list
 
     states: the names that every function must have as states; None: those that any of them has.
 
-    Seen are: operations that the evaluator does not know; types that do not fit (an operation's
-    arguments and its declared outputs); a missing state; a state that is never written, or only
-    with what was in it; float inputs that are used as token ids or positions. What remains is for
-    the evaluator: shapes, and values.
+    Seen are: values that nothing makes; operations that the evaluator does not know; types that do
+    not fit (an operation's arguments and its declared outputs); a missing state; a state that is
+    never written, or only with what was in it; float inputs that are used as token ids or
+    positions. What remains is for the evaluator: shapes, and values.
     """
     functions = package.functions.values()
     wanted = {n for f in functions for n in f.states} if states is None else set(states)
     problems = []
     for function in functions:
+        if missing := missing_values(function):
+            problems += missing
+            continue  # nothing else can be said of it
         values = Values.of(function)
         for operation in function.operations:
             problems += operation_problems(function, operation, values)
@@ -75,6 +78,21 @@ def check_program(package: Package, states: Iterable[str] | None = None) -> list
         types = {str(f.states[name].type) for f in functions if name in f.states}
         if len(types) > 1:
             problems.append(f"state {name} has different types: {', '.join(sorted(types))}")
+    return problems
+
+
+def missing_values(function: Function) -> list[str]:
+    """Arguments and outputs that no operation makes, or only a later one."""
+    made, problems = {*function.inputs, *function.states}, []
+    for operation in function.operations:
+        for names in operation.inputs.values():
+            problems += [
+                f"{function.name}: {operation.type} {operation.name} reads {name}, which nothing "
+                "before it makes"
+                for name in names
+                if isinstance(name, str) and name not in made
+            ]
+        made.update(name for name, _ in operation.outputs)
     return problems
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketglm.errors import CheckpointError, UnsupportedError, UsageError
-from pocketglm.runtimes._coreml_check import Values, operation_problems
+from pocketglm.runtimes._coreml_check import Values, missing_values, operation_problems
 from pocketglm.runtimes._coreml_file import Operation, Package, Port
 from pocketglm.runtimes._coreml_ops import OPS
 from pocketglm.runtimes._coreml_table import Op
@@ -59,7 +59,6 @@ class Evaluator:
         self.states = self.function.states
         self._half = precision == "float16"
         self._shared = package.shared
-        self._program = Values.of(self.function)
         self._check()
         self._constants: dict[str, Any] = {}
         self._steps: list[_Step] = []
@@ -115,6 +114,8 @@ class Evaluator:
     def _check(self) -> None:
         """Are all operations known, and do the declared types fit?"""
         function = self.function
+        if missing := missing_values(function):
+            raise CheckpointError(missing[0], _REPORT)
         unknown = sorted(
             f"{op.type} {op.name}, function {function.name}"
             for op in function.operations
@@ -126,6 +127,7 @@ class Evaluator:
                 unknown,
                 "run the package on a Mac or a phone; the known ones are in docs/coreml-ops.md",
             )
+        self._program = Values.of(function)
         for operation in function.operations:
             for problem in operation_problems(function, operation, self._program):
                 raise CheckpointError(problem, "Core ML would refuse or misread this program")

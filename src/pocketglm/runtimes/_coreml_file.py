@@ -181,12 +181,16 @@ def _model_file(path: Path) -> tuple[Path, Path]:
 
 
 def _function(name: str, message: Any, described: Any, weights: Mapping[str, Array]) -> Function:
+    if message.opset not in message.block_specializations:
+        raise CheckpointError(f"function {name} has no operations for its {message.opset}", AGAIN)
     block = message.block_specializations[message.opset]
     operations = tuple(_operation(entry, weights) for entry in block.operations)
     types = {entry.name: type_of(entry.type) for entry in message.inputs}
     states = {entry.name for entry in message.inputs if entry.type.HasField("stateType")}
     for operation in operations:
         types.update(operation.outputs)
+    if unmade := [entry for entry in block.outputs if entry not in types]:
+        raise CheckpointError(f"function {name} computes no {unmade[0]}, its output", AGAIN)
     ports = {entry.name: entry.type for entry in (*described.input, *described.output)}
     return Function(
         name=name,

@@ -1,9 +1,10 @@
 """Where an export will run on the device that it is for, and the gate on it.
 
-An app's delegate is the one that is named, else the runtime's default (XNNPACK in LiteRT and
-ExecuTorch). If it would take less than half of the multiplications (`checks/placement.LITTLE`), the
-export is refused; other delegates of the device that would take little are told as warnings. For a
-GPU or an NPU every piece of the graph costs a hand-over, so more pieces than blocks are told too.
+An app's delegate is the one that is named, else the runtime's default: XNNPACK in LiteRT and
+ExecuTorch, in Core ML what the package's compute units ask for. If it would take less than half of
+the multiplications (`checks/placement.LITTLE`), or needs another file, the export is refused; other
+delegates of the device that would take little are told as warnings. For a GPU or an NPU every piece
+of the graph costs a hand-over, so more pieces than blocks are told too.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Sequence
 
 from pocketglm import registry
 from pocketglm.artifacts.checkpoint import Checkpoint
+from pocketglm.artifacts.graph import Graph
 from pocketglm.artifacts.placement import Placement
 from pocketglm.contracts import Check, ExportOptions, Target
 from pocketglm.devices.profile import find_profile
-from pocketglm.errors import PlacementError, UsageError
+from pocketglm.errors import PlacementError, UnsupportedError, UsageError
 
 _DEFAULT = "xnnpack"
+_UNITS = {"cpuAndNeuralEngine": ("npu",), "cpuAndGPU": ("gpu",), "all": ("npu", "gpu")}
 
 
 def foresee(ckpt: Checkpoint, name: str, target: Target, options: ExportOptions) -> list[Placement]:
@@ -26,20 +29,33 @@ def foresee(ckpt: Checkpoint, name: str, target: Target, options: ExportOptions)
 
     Raises:
         UsageError: there is no such device, or the delegate is not there.
+        UnsupportedError: the target's runtime is not for the device.
         PlacementError: the app's delegate would take little, and that was not allowed.
     """
     if options.device is None:
         if options.delegate is not None:
             raise UsageError("--delegate without --device", "name the device, too")
         return []
+    own, profile = find_profile(options.device)
+    if target.systems and profile.os not in target.systems:
+        raise UnsupportedError(
+            f"{name} does not run on {own}",
+            [f"its system is {profile.os}, {name} is for {' and '.join(target.systems)}"],
+            "name a device that has it (`pocketglm devices`), or another target",
+        )
+    if target.graphs is None and options.delegate is not None:
+        raise UsageError(
+            f"{name} has no delegates, so no '{options.delegate}'", "leave --delegate out"
+        )
     if target.graphs is None or target.supports(ckpt, options):
         return []
     check: Check = registry.load("checks", "placement")
-    placements = list(check.run(target.graphs(ckpt, options), name, options.device))
-    chosen = _chosen(placements, name, options)
+    graphs = target.graphs(ckpt, options)
+    placements = list(check.run(graphs, name, options.device))
+    chosen = _chosen(placements, name, options) if options.delegate else _usual(placements, graphs)
     if not options.allow_fallback:
         for entry in chosen:
-            if entry.judgement == "little":
+            if entry.judgement == "little" or not entry.lowered:
                 message, hint = words(entry)
                 raise PlacementError(
                     message, f"{hint}; or --allow-fallback to export it all the same"
@@ -47,12 +63,33 @@ def foresee(ckpt: Checkpoint, name: str, target: Target, options: ExportOptions)
     return placements
 
 
+def _usual(placements: Sequence[Placement], graphs: Sequence[Graph]) -> list[Placement]:
+    """Those of the delegate that an app has unasked."""
+    asked = [
+        node.attributes["units"] for g in graphs for node in g.nodes if "units" in node.attributes
+    ]
+    if not asked:
+        return [p for p in placements if p.delegate.endswith(f"-{_DEFAULT}")]
+    return _best([p for p in placements if p.runs_on in _UNITS.get(str(asked[0]), ())])
+
+
+def _best(placements: Sequence[Placement]) -> list[Placement]:
+    """Of each graph the one that takes most."""
+    best: dict[str, Placement] = {}
+    for entry in placements:
+        if entry.graph not in best or entry.share > best[entry.graph].share:
+            best[entry.graph] = entry
+    return list(best.values())
+
+
 def _chosen(placements: Sequence[Placement], name: str, options: ExportOptions) -> list[Placement]:
-    """Those of the app's delegate: a delegate's name, its end (`gpu`), or the unit it runs on."""
-    wanted = options.delegate or _DEFAULT
+    """Those of the delegate that is named: by its name, its end (`gpu`), or its unit (of several
+    ways to an NPU the best one).
+    """
+    wanted = options.delegate
     found = [p for p in placements if p.delegate == wanted or p.delegate.endswith(f"-{wanted}")]
-    found = found or [p for p in placements if p.runs_on == options.delegate]
-    if not found and options.delegate is not None:
+    found = found or _best([p for p in placements if p.runs_on == wanted])
+    if not found:
         own, _ = find_profile(options.device or "")
         known = ", ".join(sorted({p.delegate for p in placements})) or "none"
         raise UsageError(
@@ -87,14 +124,19 @@ def words(entry: Placement) -> tuple[str, str]:
         f"{100 * entry.share:.0f} % of the multiplications in {entry.graph}: {entry.taken} of "
         f"{entry.nodes} operators, in {_count(entry.partitions, 'piece')}"
     )
+    other = "use another delegate of the device, or another target"
+    if not entry.lowered:
+        message += (
+            f" of a file that is lowered for it, which the {entry.target} target does not write"
+        )
     if not entry.left:
-        return message, ""
+        return message, "" if entry.lowered else other
     first = entry.left[0]
     message += (
         f"; {_count(first.count, first.op)} fall back to the CPU, the first one in {first.part} "
         f"({first.first}): {first.because}"
     )
-    return message, first.rewrite or "use another delegate of the device, or another target"
+    return message, other if not entry.lowered else first.rewrite or other
 
 
 def _count(count: int, what: str) -> str:

@@ -33,7 +33,7 @@ from pocketglm.targets._coreml_form import (
     form_reasons,
     static_reasons,
 )
-from pocketglm.targets._coreml_graph import Graph
+from pocketglm.targets._coreml_graph import Graph, forget_names
 from pocketglm.targets._coreml_package import MODEL, write_package
 from pocketglm.targets._litert_weights import Weights
 from pocketglm.targets._onnx_folder import encoder_config, port, write_tokenizer
@@ -73,6 +73,7 @@ def lower(ckpt: Checkpoint, out: Path, options: ExportOptions, reporter: Reporte
         f"Core ML for iOS{form.ios} (macOS {form.minimum['macOS']}) and newer, compute units "
         f"{form.units}: {form.why}"
     )
+    forget_names()
     build = _decoder if is_decoder(ckpt) else _encoder
     spec, graphs, inputs, outputs = build(ckpt, form, length, options)
     first = next(iter(graphs.values()))

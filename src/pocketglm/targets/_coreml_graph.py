@@ -60,6 +60,14 @@ def mil() -> Mil:
         )
 
 
+def forget_names() -> None:
+    """Begin again to number the values that have no name of their own. The builder counts through
+    all programs of the process, until one is converted: the same model would get other bytes after
+    its placement was asked for.
+    """
+    mil().lang.Builder.name_count.clear()
+
+
 @dataclass(frozen=True, slots=True)
 class Range:
     """A size that the caller chooses when the file runs, from 1 to `most`."""

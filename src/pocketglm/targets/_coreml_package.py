@@ -6,13 +6,13 @@ paths, and no date is written.
 
 from __future__ import annotations
 
+import json
 import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pocketglm.artifacts.manifest import write_json
 from pocketglm.runtimes._quiet import silence
 from pocketglm.targets._coreml_graph import Graph, mil
 
@@ -52,7 +52,9 @@ def write_package(out: Path, graphs: Mapping[str, Graph], default: str, summary:
     data.mkdir(parents=True)
     (data / "model.mlmodel").write_bytes(spec.SerializeToString(deterministic=True))
     shutil.move(made / "Data" / _AUTHOR / "weights", data / "weights")
-    write_json(out / "Manifest.json", _manifest())
+    # In the form that coremltools gives it: it writes the file again whenever it opens a package.
+    manifest = json.dumps(_manifest(), indent=4, sort_keys=True) + "\n"
+    (out / "Manifest.json").write_text(manifest, encoding="utf-8")
 
 
 def _manifest() -> dict[str, Any]:

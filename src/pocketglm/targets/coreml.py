@@ -24,5 +24,6 @@ SPEC = Target(
     blocks=blocks,
     # Weights that are not quantized are fp16; then every value, as Core ML computes it.
     graphs=graphs,
+    systems=("ios", "macos"),
     tolerance=Tolerance(part=1e-3, whole=5e-3),
 )
