@@ -14,9 +14,9 @@ import numpy as np
 
 from pocketglm.artifacts.export import ExportManifest
 from pocketglm.contracts import Floats, RunOptions, SessionInfo
-from pocketglm.errors import CheckpointError
 from pocketglm.runtimes._executorch_method import Method
-from pocketglm.runtimes._text import check_rewind, check_tokens, context_of
+from pocketglm.runtimes._info import decoder_info
+from pocketglm.runtimes._text import check_rewind, check_tokens
 
 
 class _Cache:
@@ -56,23 +56,7 @@ class ExecutorchDecoderSession:
             UsageError: a context that is longer than the file's.
             CheckpointError: the manifest is not a decoder's, or ExecuTorch cannot open the file.
         """
-        if manifest.logits is None:
-            raise CheckpointError(
-                f"{file.parent}: its export.json does not say which logits the decoder computes",
-                "export the checkpoint again",
-            )
-        info = SessionInfo(
-            runtime="executorch",
-            output="logits",
-            kind="decoder",
-            max_length=context_of(manifest.max_length, options.context, file.parent),
-            activation=manifest.activation,
-            threads=threads,
-            vocab_size=manifest.vocab_size,
-            bos_id=manifest.bos_id,
-            eos_ids=tuple(manifest.eos_ids),
-            scores=manifest.logits,
-        )
+        info = decoder_info(file.parent, manifest, threads, options)
         return cls(_Cache(Method(file, threads)), info)
 
     @property

@@ -15,8 +15,8 @@ import onnxruntime as ort
 
 from pocketglm.artifacts.export import ExportManifest
 from pocketglm.contracts import Floats, Ids, RunOptions, SessionInfo
-from pocketglm.errors import CheckpointError, UsageError
-from pocketglm.runtimes._text import check_rewind, check_tokens, context_of
+from pocketglm.runtimes._info import decoder_info
+from pocketglm.runtimes._text import check_rewind, check_tokens
 
 _FIRST = 256  # tokens that the buffers begin with
 
@@ -49,30 +49,8 @@ class OnnxDecoderSession:
             UsageError: a context that is longer than the file's.
             CheckpointError: the manifest is not a decoder's.
         """
-        if manifest.logits is None:
-            raise CheckpointError(
-                f"{path}: its export.json does not say which logits the decoder computes",
-                "export the checkpoint again",
-            )
-        if options.context and options.context > manifest.max_length:
-            raise UsageError(
-                f"a context of {options.context} tokens was asked for, {path} was exported for "
-                f"{manifest.max_length}",
-                f"use --context {manifest.max_length} or less, or export again with --max-length "
-                f"{options.context}",
-            )
-        info = SessionInfo(
-            runtime="onnx",
-            output="logits",
-            kind="decoder",
-            max_length=context_of(manifest.max_length, options.context, path),
-            activation=manifest.activation,
-            threads=session.get_session_options().intra_op_num_threads,
-            vocab_size=manifest.vocab_size,
-            bos_id=manifest.bos_id,
-            eos_ids=tuple(manifest.eos_ids),
-            scores=manifest.logits,
-        )
+        threads = session.get_session_options().intra_op_num_threads
+        info = decoder_info(path, manifest, threads, options)
         return cls(session, info)
 
     @property

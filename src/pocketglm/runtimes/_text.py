@@ -1,4 +1,4 @@
-"""What every decoder session checks before it takes tokens into its text. Torch-free."""
+"""What every session checks before it takes tokens. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pocketglm.contracts import Ids, SessionInfo
 from pocketglm.errors import UsageError
 
 
-def context_of(limit: int, asked: int | None, path: Path) -> int:
+def context_of(limit: int, asked: int | None, path: Path, *, exported: bool = True) -> int:
     """Tokens of prompt and answer together: `asked`, or all that the model at `path` allows.
 
     Raises:
@@ -20,9 +20,34 @@ def context_of(limit: int, asked: int | None, path: Path) -> int:
     if asked is not None and not 0 < asked <= limit:
         raise UsageError(
             f"a context of {asked} tokens was asked for, {path} holds {limit}",
-            f"use --context {limit} or less",
+            f"use --context {limit} or less"
+            + (f", or export again with --max-length {asked}" if exported else ""),
         )
     return asked or limit
+
+
+def check_rows(ids: Ids, info: SessionInfo) -> None:
+    """Rows of tokens [B, S] for an encoder's export.
+
+    Raises:
+        UsageError: an id is outside the vocabulary, or a row is longer than the positions.
+    """
+    if ids.shape[1] > info.max_length:
+        raise UsageError(
+            f"{ids.shape[1]} tokens in a row, the file was exported for at most {info.max_length}",
+            f"cut the text, or export again with --max-length {ids.shape[1]} or more",
+        )
+    if info.vocab_size and ids.size and not 0 <= ids.min() <= ids.max() < info.vocab_size:
+        worst = int(ids.max() if ids.max() >= info.vocab_size else ids.min())
+        raise UsageError(
+            f"token id {worst} is outside the model's vocabulary ({info.vocab_size} ids)",
+            "the tokenizer belongs to another model: use the export's tokenizer.json",
+        )
+
+
+def row_length(mask: Ids) -> int:
+    """Tokens of a row [S] without the padding on its right; one of a row that is all padding."""
+    return int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else 1
 
 
 def check_tokens(ids: Sequence[int], length: int, info: SessionInfo) -> Ids:

@@ -13,20 +13,21 @@ import numpy as np
 
 from pocketglm.artifacts.export import ExportManifest, read_export
 from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, Session, SessionInfo
-from pocketglm.errors import CheckpointError, UsageError
+from pocketglm.errors import CheckpointError
 from pocketglm.runtimes._coreml_check import check_program
 from pocketglm.runtimes._coreml_decoder import CoreMLDecoderSession
 from pocketglm.runtimes._coreml_file import Package, read_package
 from pocketglm.runtimes._coreml_program import OpenFunction, open_function, runs_here
+from pocketglm.runtimes._info import decoder_info, encoder_info
 from pocketglm.runtimes._sizes import check_sizes
-from pocketglm.runtimes._text import context_of
+from pocketglm.runtimes._text import check_rows, row_length
 
 
 class CoreMLSession:
     """An open encoder. Rows run one by one, padded to a length that the program takes."""
 
-    def __init__(self, function: OpenFunction, info: SessionInfo, vocab_size: int) -> None:
-        self._function, self.info, self._vocab_size = function, info, vocab_size
+    def __init__(self, function: OpenFunction, info: SessionInfo) -> None:
+        self._function, self.info = function, info
         self._ids, self._mask = (
             next(name for name in function.inputs if name.endswith(end))
             for end in ("input_ids", "attention_mask")
@@ -38,23 +39,11 @@ class CoreMLSession:
         Raises:
             UsageError: an id is outside the vocabulary, or a row is longer than the positions.
         """
-        limit = self.info.max_length
-        if ids.shape[1] > limit:
-            raise UsageError(
-                f"{ids.shape[1]} tokens in a row, the file was exported for at most {limit}",
-                f"cut the text, or export again with --max-length {ids.shape[1]} or more",
-            )
-        if ids.size and not 0 <= ids.min() <= ids.max() < self._vocab_size:
-            worst = int(ids.max() if ids.max() >= self._vocab_size else ids.min())
-            raise UsageError(
-                f"token id {worst} is outside the model's vocabulary ({self._vocab_size} ids)",
-                "the tokenizer belongs to another model: use the export's tokenizer.json",
-            )
+        check_rows(ids, self.info)
         return np.concatenate([self._row(row, keep) for row, keep in zip(ids, mask, strict=True)])
 
     def _row(self, ids: Ids, mask: Ids) -> Floats:
-        # Without the padding on its right; a row that is all padding keeps one token of it.
-        length = max(1, int(np.flatnonzero(mask)[-1]) + 1) if mask.any() else 1
+        length = row_length(mask)
         width = self._width(length)
         inputs = {name: np.zeros((1, width), np.int32) for name in (self._ids, self._mask)}
         inputs[self._ids][0, :length] = ids[:length]
@@ -95,19 +84,10 @@ def open_export(path: Path, options: RunOptions) -> Session:
         )
     if manifest.kind == "decoder":
         return _open_decoder(path, package, manifest, options)
-    info = SessionInfo(
-        runtime="coreml",
-        output=manifest.output,
-        labels=tuple(manifest.labels),
-        max_length=manifest.max_length,
-        pooling=manifest.pooling,
-        activation=manifest.activation,
-        threads=options.threads or 0,
-        emulated=not runs_here(),
-    )
+    info = encoder_info(manifest, options.threads or 0, emulated=not runs_here())
     function = open_function(package, package.default, half=options.optimize)
     _check_encoder(path, function, manifest)
-    return CoreMLSession(function, info, manifest.vocab_size)
+    return CoreMLSession(function, info)
 
 
 def _check_encoder(path: Path, function: OpenFunction, manifest: ExportManifest) -> None:
@@ -123,24 +103,7 @@ def _check_encoder(path: Path, function: OpenFunction, manifest: ExportManifest)
 def _open_decoder(
     path: Path, package: Package, manifest: ExportManifest, options: RunOptions
 ) -> CoreMLDecoderSession:
-    if manifest.logits is None:
-        raise CheckpointError(
-            f"{path}: its export.json does not say which logits the decoder computes",
-            "export the checkpoint again",
-        )
-    info = SessionInfo(
-        runtime="coreml",
-        output="logits",
-        kind="decoder",
-        max_length=context_of(manifest.max_length, options.context, path),
-        activation=manifest.activation,
-        threads=options.threads or 0,
-        vocab_size=manifest.vocab_size,
-        bos_id=manifest.bos_id,
-        eos_ids=tuple(manifest.eos_ids),
-        scores=manifest.logits,
-        emulated=not runs_here(),
-    )
+    info = decoder_info(path, manifest, options.threads or 0, options, emulated=not runs_here())
     functions = {
         name: open_function(package, name, half=options.optimize) for name in package.functions
     }

@@ -12,18 +12,19 @@ import numpy as np
 
 from pocketglm.artifacts.export import read_export
 from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, Session, SessionInfo
-from pocketglm.errors import UsageError
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.runtimes._executorch_decoder import ExecutorchDecoderSession
 from pocketglm.runtimes._executorch_method import PACKAGES, Method
+from pocketglm.runtimes._info import encoder_info
 from pocketglm.runtimes._sizes import check_sizes
+from pocketglm.runtimes._text import check_rows, row_length
 
 
 class ExecutorchSession:
     """An open encoder. Rows run one by one, each as long as its text is."""
 
-    def __init__(self, method: Method, info: SessionInfo, vocab_size: int) -> None:
-        self._method, self.info, self._vocab_size = method, info, vocab_size
+    def __init__(self, method: Method, info: SessionInfo) -> None:
+        self._method, self.info = method, info
 
     def logits(self, ids: Ids, mask: Ids) -> Floats:
         """ids [B, S], mask [B, S] of 0/1 -> float32 [B, C].
@@ -31,23 +32,11 @@ class ExecutorchSession:
         Raises:
             UsageError: an id is outside the vocabulary, or a row is longer than the positions.
         """
-        limit = self.info.max_length
-        if ids.shape[1] > limit:
-            raise UsageError(
-                f"{ids.shape[1]} tokens in a row, the file was exported for at most {limit}",
-                f"cut the text, or export again with --max-length {ids.shape[1]} or more",
-            )
-        if ids.size and not 0 <= ids.min() <= ids.max() < self._vocab_size:
-            worst = int(ids.max() if ids.max() >= self._vocab_size else ids.min())
-            raise UsageError(
-                f"token id {worst} is outside the model's vocabulary ({self._vocab_size} ids)",
-                "the tokenizer belongs to another model: use the export's tokenizer.json",
-            )
+        check_rows(ids, self.info)
         return np.concatenate([self._row(row, keep) for row, keep in zip(ids, mask, strict=True)])
 
     def _row(self, ids: Ids, mask: Ids) -> Floats:
-        # Without the padding on its right; a row that is all padding keeps one token of it.
-        length = max(1, int(np.flatnonzero(mask)[-1]) + 1) if mask.any() else 1
+        length = row_length(mask)
         return self._method(ids[None, :length], mask[None, :length])
 
     def close(self) -> None:
@@ -70,16 +59,8 @@ def open_export(path: Path, options: RunOptions) -> Session:
     file = path / manifest.model_file
     if manifest.kind == "decoder":
         return ExecutorchDecoderSession.open(file, manifest, threads, options)
-    info = SessionInfo(
-        runtime="executorch",
-        output=manifest.output,
-        labels=tuple(manifest.labels),
-        max_length=manifest.max_length,
-        pooling=manifest.pooling,
-        activation=manifest.activation,
-        threads=threads,
-    )
-    return ExecutorchSession(Method(file, threads), info, manifest.vocab_size)
+    info = encoder_info(manifest, threads)
+    return ExecutorchSession(Method(file, threads), info)
 
 
 SPEC = Runtime(

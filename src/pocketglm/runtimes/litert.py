@@ -9,18 +9,20 @@ import numpy as np
 
 from pocketglm.artifacts.export import read_export
 from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, Session, SessionInfo
-from pocketglm.errors import CheckpointError, UsageError, require
+from pocketglm.errors import CheckpointError, require
 from pocketglm.runtimes._cores import usable_cores
+from pocketglm.runtimes._info import encoder_info
 from pocketglm.runtimes._litert_decoder import LitertDecoderSession
 from pocketglm.runtimes._quiet import silence
 from pocketglm.runtimes._sizes import check_sizes
+from pocketglm.runtimes._text import check_rows, row_length
 
 
 class LitertSession:
     """An open encoder. Rows run one by one, each as long as its text is."""
 
-    def __init__(self, model: Any, info: SessionInfo, vocab_size: int) -> None:
-        self._model, self.info, self._vocab_size = model, info, vocab_size
+    def __init__(self, model: Any, info: SessionInfo) -> None:
+        self._model, self.info = model, info
         inputs = {entry["name"]: entry["index"] for entry in model.get_input_details()}
         self._ids, self._mask = (
             next(index for name, index in inputs.items() if name.endswith(end))
@@ -35,23 +37,11 @@ class LitertSession:
         Raises:
             UsageError: an id is outside the vocabulary, or a row is longer than the positions.
         """
-        limit = self.info.max_length
-        if ids.shape[1] > limit:
-            raise UsageError(
-                f"{ids.shape[1]} tokens in a row, the file was exported for at most {limit}",
-                f"cut the text, or export again with --max-length {ids.shape[1]} or more",
-            )
-        if ids.size and not 0 <= ids.min() <= ids.max() < self._vocab_size:
-            worst = int(ids.max() if ids.max() >= self._vocab_size else ids.min())
-            raise UsageError(
-                f"token id {worst} is outside the model's vocabulary ({self._vocab_size} ids)",
-                "the tokenizer belongs to another model: use the export's tokenizer.json",
-            )
+        check_rows(ids, self.info)
         return np.concatenate([self._row(row, keep) for row, keep in zip(ids, mask, strict=True)])
 
     def _row(self, ids: Ids, mask: Ids) -> Floats:
-        # Without the padding on its right; a row that is all padding keeps one token of it.
-        length = max(1, int(np.flatnonzero(mask)[-1]) + 1) if mask.any() else 1
+        length = row_length(mask)
         if length != self._length:
             for index in (self._ids, self._mask):
                 self._model.resize_tensor_input(index, [1, length])
@@ -102,16 +92,8 @@ def open_export(path: Path, options: RunOptions) -> Session:
     if manifest.kind == "decoder":
         return LitertDecoderSession.open(file, manifest, threads, options)
     model = _interpreter(file, threads, optimize=options.optimize)
-    info = SessionInfo(
-        runtime="litert",
-        output=manifest.output,
-        labels=tuple(manifest.labels),
-        max_length=manifest.max_length,
-        pooling=manifest.pooling,
-        activation=manifest.activation,
-        threads=threads,
-    )
-    return LitertSession(model, info, manifest.vocab_size)
+    info = encoder_info(manifest, threads)
+    return LitertSession(model, info)
 
 
 SPEC = Runtime(summary="LiteRT on the CPU", open=open_export, delegate="XNNPACK")

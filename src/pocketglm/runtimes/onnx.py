@@ -11,11 +11,13 @@ import numpy as np
 import onnxruntime as ort
 
 from pocketglm.artifacts.export import ExportManifest, read_export
-from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, Session, SessionInfo
-from pocketglm.errors import CheckpointError, UsageError
+from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, Session
+from pocketglm.errors import CheckpointError
 from pocketglm.runtimes._cores import usable_cores
+from pocketglm.runtimes._info import encoder_info
 from pocketglm.runtimes._onnx_decoder import OnnxDecoderSession
 from pocketglm.runtimes._sizes import check_sizes
+from pocketglm.runtimes._text import check_rows
 
 
 class OnnxSession:
@@ -24,16 +26,8 @@ class OnnxSession:
     def __init__(self, session: ort.InferenceSession, manifest: ExportManifest) -> None:
         self._session = session
         self._names = [port.name for port in self._session.get_inputs()]
-        self._vocab_size = manifest.vocab_size
-        self.info = SessionInfo(
-            runtime="onnx",
-            output=manifest.output,
-            labels=tuple(manifest.labels),
-            max_length=manifest.max_length,
-            pooling=manifest.pooling,
-            activation=manifest.activation,
-            threads=self._session.get_session_options().intra_op_num_threads,
-        )
+        threads = self._session.get_session_options().intra_op_num_threads
+        self.info = encoder_info(manifest, threads)
 
     def logits(self, ids: Ids, mask: Ids) -> Floats:
         """ids [B, S], mask [B, S] of 0/1 -> float32 [B, C].
@@ -41,18 +35,7 @@ class OnnxSession:
         Raises:
             UsageError: an id is outside the vocabulary, or a row is longer than the positions.
         """
-        limit = self.info.max_length
-        if ids.shape[1] > limit:
-            raise UsageError(
-                f"{ids.shape[1]} tokens in a row, the file was exported for at most {limit}",
-                f"cut the text, or export again with --max-length {ids.shape[1]} or more",
-            )
-        if self._vocab_size and ids.size and not 0 <= ids.min() <= ids.max() < self._vocab_size:
-            worst = int(ids.max() if ids.max() >= self._vocab_size else ids.min())
-            raise UsageError(
-                f"token id {worst} is outside the model's vocabulary ({self._vocab_size} ids)",
-                "the tokenizer belongs to another model: use the export's tokenizer.json",
-            )
+        check_rows(ids, self.info)
         feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
         wanted = {name: feeds[name].astype(np.int64, copy=False) for name in self._names}
         result: Floats = self._session.run([self.info.output], wanted)[0]

@@ -96,7 +96,9 @@ class TorchDecoderSession:
             runtime="torch",
             output="logits",
             kind="decoder",
-            max_length=context_of(spec.max_position_embeddings, options.context, ckpt.path),
+            max_length=context_of(
+                spec.max_position_embeddings, options.context, ckpt.path, exported=False
+            ),
             threads=options.threads or usable_cores(),
             vocab_size=spec.vocab_size,
             bos_id=spec.bos_id,
