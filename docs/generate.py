@@ -167,6 +167,10 @@ COREML_CHECKS = (  # mistake, what sees it
         "nothing else tells)",
     ),
     (
+        "a value that nothing makes, or only a later operation",
+        "the same, and the evaluator when it opens the function",
+    ),
+    (
         "a declared type that does not fit an operation and its arguments",
         "the same, and the evaluator when it opens the function",
     ),

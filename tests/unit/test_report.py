@@ -177,7 +177,7 @@ def placement(**change: Any) -> dict[str, Any]:
 
 def test_the_placement_is_a_strip_of_blocks() -> None:
     made = proof()
-    whole = placement(graph="prefill", left=[], partitions=1)
+    whole = placement(graph="prefill", left=[], partitions=1, lowered=False)
     side = dict(made.candidate) | {"placement": [placement(), whole]}
     text = html.render(made.model_copy(update={"candidate": side}))
     page = Page(text)
@@ -190,6 +190,7 @@ def test_the_placement_is_a_strip_of_blocks() -> None:
         "Predicted for pixel-8-pro, not measured there",
         "63 % of the multiplications, 19 of 26 operators, 2 pieces",
         "3 FULLY_CONNECTED",
+        "Mali, graph prefill; of a file that is lowered for it, which this one is not",
         "; export float32",
         "in 0 %, 0 100 %, 1 25 %, out 100 %",
     ):

@@ -28,8 +28,9 @@ from coreml_models import (
 
 from pocketglm.artifacts.export import EXPORT, ExportManifest, Parity, list_files
 from pocketglm.artifacts.manifest import write_json
-from pocketglm.contracts import DecoderSession, RunOptions
+from pocketglm.contracts import DataOptions, DecoderSession, RunOptions
 from pocketglm.errors import CheckpointError, UsageError
+from pocketglm.eval._evaluate import evaluate
 from pocketglm.runtimes import _coreml_program, open_decoder, open_encoder
 from pocketglm.runtimes._coreml_eval import Evaluator
 from pocketglm.runtimes._coreml_file import read_package
@@ -178,6 +179,17 @@ def test_a_changed_file(copy: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"weight\.bin has \d+ bytes, it was exported with"):
         open_decoder(copy)
+
+
+def test_a_flipped_nibble_is_not_scored(copy: Path, tmp_path: Path) -> None:
+    file = copy / MODEL / "Data/com.apple.CoreML/weights/weight.bin"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(data)
+    with pytest.raises(
+        CheckpointError, match=r"weight\.bin is not the file that was exported \(sha256"
+    ):
+        evaluate(copy, "lm", DataOptions(tmp_path))
 
 
 def test_a_missing_package(copy: Path) -> None:

@@ -132,6 +132,8 @@ def test_shapes(tmp_path: Path) -> None:
             assert array.dataType == 0x20000 | 32  # int32
             assert list(array.shape) == [1, 20]
             assert len(array.shapeRange.sizeRanges) == ranges
+        told = json.loads((out / "compute.json").read_text())["functions"]["main"]["inputs"]
+        assert [port["shape"] for port in told] == [[1, [1, 20] if ranges else 20]] * 2
         session = open_encoder(out)
         assert session.logits(IDS, MASK).shape == (3, 3)
         assert session.info.max_length == 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,15 @@ def test_the_functions_share_one_description_of_the_state(tmp_path: Path) -> Non
     shape = functions["decode"].state[0].type.stateType.arrayType.shape
     # 20 tokens, a last call's padding of 19, and as many as make 64 bytes a row.
     assert list(shape) == [1, 2, 64, 32]
+    told = json.loads((out / "compute.json").read_text())
+    assert told["default_function"] == "decode"
+    sizes = {
+        name: {port["name"]: port["shape"] for port in f["inputs"] + f["states"]}
+        for name, f in told["functions"].items()
+    }
+    assert sizes["prefill"]["input_ids"] == [1, graphs.prompt_of(20)]
+    assert sizes["decode"]["input_ids"] == [1, 1]
+    assert sizes["prefill"]["value_1"] == sizes["decode"]["value_1"] == [1, 2, 64, 32]
 
 
 def test_float32(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pocketglm import registry
 from pocketglm.artifacts.checkpoint import model_folder
-from pocketglm.artifacts.export import is_export, read_export
+from pocketglm.artifacts.export import check_files, is_export, read_export
 from pocketglm.artifacts.manifest import read_manifest
 from pocketglm.artifacts.schemas import EvalResult, MetricResult
 from pocketglm.contracts import DataOptions, Reporter, RunOptions, Scores, Silent, Task
@@ -37,11 +37,14 @@ def evaluate(
     Raises:
         UsageError: unknown task, a task that this kind of model cannot do, a `max_length` that is
             more than the model's, or a baseline that cannot be compared.
-        CheckpointError: the folder is no model.
+        CheckpointError: the folder is no model, or an export whose files were changed.
         DataError: the data cannot be used, or has labels that the model does not know.
     """
     reporter, options = reporter or Silent(), options or RunOptions()
     spec: Task = registry.load("eval", task)
+    for one in (path, baseline):
+        if one is not None and is_export(folder := model_folder(one)):
+            check_files(folder, read_export(folder))
     with closing(open_session(path, options)) as session:
         check_kind(path, task, spec, session.info.kind)
         tokenizer = Tokenizer.load(path)

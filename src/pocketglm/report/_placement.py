@@ -37,7 +37,7 @@ def sections(proof: Proof) -> list[str]:
     note = (
         f"Predicted for {entries[0].device}, not measured there: one strip for each of its "
         "delegates and each graph of the file. A block is filled by the share of its "
-        "multiplications that the delegate takes."
+        "multiplications (of its operators, where it has none) that the delegate takes."
     )
     body = f'{legend}<div class="places">{figures}</div>'
     return [section("Where it runs", note, body)]

@@ -182,7 +182,7 @@ def _baseline(path: Path) -> Side | Checkpoint:
 
 def _export(checkpoint: Checkpoint, candidate: Side, folder: Path, reporter: Reporter) -> Side:
     target = candidate.manifest.target
-    reporter.say(f"exporting the baseline {checkpoint.path} to {target}, fp32")
+    reporter.say(f"exporting the baseline {checkpoint.path} to {target}, in float")
     result = export_each(
         checkpoint.path,
         [target],

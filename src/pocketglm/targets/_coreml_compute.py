@@ -1,4 +1,5 @@
-"""compute.json: which compute units an app should allow, chip by chip, and why.
+"""compute.json: the package's functions with their states, and which compute units an app should
+allow, chip by chip, and why.
 
 Core ML decides by itself where each operator runs; an app can only say which processors it may
 take (`MLModelConfiguration.computeUnits`). These are recommendations from Apple's published rules:
@@ -8,12 +9,13 @@ nothing here was run on a device, and the file says so.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.manifest import write_json
-from pocketglm.runtimes._coreml_file import Package
+from pocketglm.runtimes._coreml_file import Package, Port
 from pocketglm.targets._coreml_form import Form
 
 COMPUTE = "compute.json"
@@ -49,6 +51,15 @@ def write_compute(folder: Path, package: Package, form: Form, ckpt: Checkpoint) 
             "format": 1,
             "tried": False,
             "deployment_target": f"iOS{form.ios}",
+            "default_function": package.default,
+            "functions": {
+                name: {
+                    "inputs": _ports(function.inputs),
+                    "outputs": _ports(function.outputs),
+                    "states": _ports(function.states),
+                }
+                for name, function in package.functions.items()
+            },
             "layout": {"name": form.layout, "because": form.why},
             "compute_units": form.units,
             "before_ios16": "all" if form.units == "cpuAndNeuralEngine" else form.units,
@@ -65,6 +76,21 @@ def write_compute(folder: Path, package: Package, form: Form, ckpt: Checkpoint) 
             "sources": _SOURCES,
         },
     )
+
+
+def _ports(ports: Mapping[str, Port]) -> list[dict[str, Any]]:
+    """Name, type and shape of each; a size that the caller chooses is [least, most]."""
+    return [
+        {"name": name, "dtype": port.type.dtype, "shape": _sizes(port)}
+        for name, port in ports.items()
+    ]
+
+
+def _sizes(port: Port) -> list[Any]:
+    return [
+        size if size is not None else list(port.ranges[axis]) if port.ranges else None
+        for axis, size in enumerate(port.type.shape)
+    ]
 
 
 def _because(form: Form, chip: str, static: bool) -> str:
