@@ -389,7 +389,7 @@ class Runtime:
 
     delegate: what `RunOptions.optimize` switches on and off; empty: nothing. emulated: on this
     machine a reference evaluator computes what the runtime would, so speed and memory say nothing.
-    packages: Python modules that are imported before the load time is measured: their import is the
+    prepare: imports what is slow to import, before the load time is measured: that is the
     interpreter's time, not the model's. extra_memory: what of the process an app would not have.
     """
 
@@ -397,7 +397,7 @@ class Runtime:
     open: Callable[[Path, RunOptions], Session]
     delegate: str = ""
     emulated: bool = False
-    packages: tuple[str, ...] = ()
+    prepare: Callable[[], object] | None = None
     extra_memory: str = ""
 
 

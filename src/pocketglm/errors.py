@@ -186,6 +186,6 @@ def require(module: str, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         raise MissingExtraError(
-            f"this needs the package '{module}', which is not installed",
+            f"this needs the package '{error.name}', which is not installed",
             f"pip install 'pocketglm[{extra}]'",
         ) from error

@@ -24,6 +24,7 @@ from pocketglm.errors import (
     MissingExtraError,
     OutputExistsError,
     ParityError,
+    PlacementError,
     PlanError,
     PocketError,
     UnsupportedError,
@@ -40,6 +41,7 @@ from pocketglm.errors import (
 EXIT_CODES: dict[type[PocketError], int] = {
     GateError: 1,
     ParityError: 1,
+    PlacementError: 1,
     InputError: 2,
     UsageError: 2,
     CheckpointError: 2,
@@ -133,7 +135,7 @@ def test_require_returns_the_module() -> None:
 def test_require_names_the_pip_command() -> None:
     with pytest.raises(MissingExtraError) as caught:
         require("no_such_package_here.part", extra="coreml")
-    assert "'no_such_package_here.part'" in caught.value.message
+    assert "'no_such_package_here'" in caught.value.message
     assert caught.value.hint == "pip install 'pocketglm[coreml]'"
 
 

@@ -7,6 +7,8 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from tiny_encoder import quantize_weights, save_tiny
+from tiny_export import body, quantized, save_wide
 
 from pocketglm.artifacts.checkpoint import Checkpoint
 from pocketglm.artifacts.scheme import Activation, TensorScheme
@@ -14,8 +16,6 @@ from pocketglm.contracts import ExportOptions
 from pocketglm.registry import load
 from pocketglm.targets import _executorch_layers, _gguf_tensors, _litert_linear, _onnx_linear
 from pocketglm.targets._refusals import nearest
-from tiny_encoder import quantize_weights, save_tiny
-from tiny_export import body, quantized, save_wide
 
 REFUSALS: dict[str, Callable[[TensorScheme, int], str]] = {
     "executorch": lambda s, k: _executorch_layers.refusal(s, k, linear=True),

@@ -212,9 +212,8 @@ import sys
 from pathlib import Path
 from pocketglm.contracts import RunOptions
 from pocketglm.runtimes import open_session, runtime_of
-from pocketglm.stages._measure import import_packages
 path = Path(sys.argv[1])
-import_packages(runtime_of(path))
+runtime_of(path).prepare()
 before = set(sys.modules)
 open_session(path, RunOptions(threads=1))
 print(sorted(name for name in set(sys.modules) - before if not name.startswith("pocketglm")))
@@ -224,7 +223,9 @@ print(sorted(name for name in set(sys.modules) - before if not name.startswith("
 def test_the_load_time_is_the_models(root: Path) -> None:
     """Python has imported ExecuTorch before it is measured, and bench says what that adds."""
     out = root / "int4-out/executorch"
-    found = subprocess.run([sys.executable, "-c", _OPENED, str(out)], capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", _OPENED, str(out)], capture_output=True, text=True
+    )
     assert found.stdout.strip() == "[]", found.stderr
     assert found.stderr == ""
     result = bench(out, tokens=8, new_tokens=2, runs=1, warmup=0)

@@ -261,8 +261,14 @@ def test_delegates(tmp_path: Path) -> None:
     [
         ({"bits": 8, "symmetric": False}, "symmetric: true"),
         ({"bits": 8, "group_size": 32}, "compress with no group_size"),
-        ({"bits": 4, "group_size": 16, "activation": "dynamic_block"}, "compress with group_size: 32"),
-        ({"bits": 4, "group_size": 256, "activation": "dynamic_block"}, "compress with group_size: 128"),
+        (
+            {"bits": 4, "group_size": 16, "activation": "dynamic_block"},
+            "compress with group_size: 32",
+        ),
+        (
+            {"bits": 4, "group_size": 256, "activation": "dynamic_block"},
+            "compress with group_size: 128",
+        ),
         ({"bits": 4, "group_size": 32}, "activation: dynamic_block"),
         ({"bits": 4, "activation": "static"}, "static activations go with INT8"),
     ],

@@ -35,9 +35,8 @@ __all__ = ["Constants", "Interval", "Prediction", "Workload", "constants", "pred
 
 FILE = Path(__file__).parent / "cost.yaml"
 RUNTIMES = ("onnx", "litert", "executorch", "coreml", "gguf", "mnn", "qnn")
-# Runtimes whose exports have a cache of fixed size and read all of it for a token. Published rows of
-# ExecuTorch are of exports with its own attention operator, which reads what is filled; ours are for
-# the plain runtime.
+# Runtimes whose exports have a cache of fixed size and read all of it for a token. (Published rows
+# of ExecuTorch are of exports with its own attention operator, which reads what is filled.)
 WHOLE_CACHE = ("litert", "executorch", "coreml")
 USELESS = 10.0  # an interval of more than such a factor both ways says nothing: null
 MB = 1e6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,20 @@ from pocketglm.contracts import Floats
 from pocketglm.errors import CheckpointError, require
 from pocketglm.runtimes._quiet import quiet
 
-# The last one registers the kernels of quantized_decomposed: embeddings of integers.
-PACKAGES = ("torch", "executorch.runtime", "executorch.kernels.quantized")
 _METHOD = "forward"
+
+
+def packages() -> tuple[ModuleType, ModuleType]:
+    """PyTorch and ExecuTorch's runtime.
+
+    Raises:
+        MissingExtraError: executorch is not installed.
+    """
+    torch = require("torch", extra="executorch")
+    with quiet():  # it names what it reads about the processor, and its kernels
+        runtime = require("executorch.runtime", extra="executorch")
+        require("executorch.kernels.quantized", extra="executorch")  # embeddings of integers
+    return torch, runtime
 
 
 class Method:
@@ -26,8 +38,8 @@ class Method:
     """
 
     def __init__(self, file: Path, threads: int) -> None:
-        with quiet():  # it names what it reads about the processor, and its kernels
-            self._torch, runtime, _ = (require(name, extra="executorch") for name in PACKAGES)
+        self._torch, runtime = packages()
+        with quiet():
             _set_threads(threads)
             try:
                 self._program: Any = runtime.Runtime.get().load_program(file)

@@ -14,7 +14,7 @@ from pocketglm.artifacts.export import read_export
 from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, Session, SessionInfo
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.runtimes._executorch_decoder import ExecutorchDecoderSession
-from pocketglm.runtimes._executorch_method import PACKAGES, Method
+from pocketglm.runtimes._executorch_method import Method, packages
 from pocketglm.runtimes._info import encoder_info
 from pocketglm.runtimes._sizes import check_sizes
 from pocketglm.runtimes._text import check_rows, row_length
@@ -66,6 +66,6 @@ def open_export(path: Path, options: RunOptions) -> Session:
 SPEC = Runtime(
     summary="ExecuTorch on the CPU",
     open=open_export,
-    packages=PACKAGES,
+    prepare=packages,
     extra_memory="PyTorch, which ExecuTorch's Python interface needs and an app does not",
 )

@@ -13,7 +13,6 @@ so in its `extra_memory`.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import subprocess
@@ -29,7 +28,7 @@ import numpy as np
 
 from pocketglm.artifacts.checkpoint import read_json
 from pocketglm.artifacts.export import is_export, read_export
-from pocketglm.contracts import DecoderSession, EncoderSession, Ids, RunOptions, Runtime, SessionInfo
+from pocketglm.contracts import DecoderSession, EncoderSession, Ids, RunOptions, SessionInfo
 from pocketglm.errors import (
     InputError,
     MissingExtraError,
@@ -39,7 +38,6 @@ from pocketglm.errors import (
     WorkError,
 )
 from pocketglm.runtimes import open_session, runtime_of
-from pocketglm.runtimes._quiet import quiet
 from pocketglm.stages._memory import peak_rss
 
 
@@ -112,13 +110,6 @@ class Load:
         return cls(Path(path), batch, tokens, threads or None, new, runtime)
 
 
-def import_packages(runtime: Runtime) -> None:
-    """Those that it names; what is missing, opening the model says."""
-    with quiet(), contextlib.suppress(ImportError):
-        for package in runtime.packages:
-            importlib.import_module(package)
-
-
 def serve(load: Load, answers: IO[str]) -> None:
     """The process's whole life; see the module's docstring."""
 
@@ -126,7 +117,8 @@ def serve(load: Load, answers: IO[str]) -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
-    import_packages(runtime_of(load.path, load.runtime))
+    if prepare := runtime_of(load.path, load.runtime).prepare:
+        prepare()
     start = time.perf_counter()
     session = open_session(load.path, RunOptions(threads=load.threads), load.runtime)
     load_ms = (time.perf_counter() - start) * 1e3

@@ -129,7 +129,16 @@ def _export(folder: Path, verify: bool) -> InspectResult:
     if verify:
         check_files(folder, manifest)
     cache = manifest.cache
-    shown = {"target", "runtime", "model_file", "inputs", "outputs", "operators", "minimum", "links"}
+    shown = {
+        "target",
+        "runtime",
+        "model_file",
+        "inputs",
+        "outputs",
+        "operators",
+        "minimum",
+        "links",
+    }
     return InspectResult(
         path=str(folder),
         kind="export",

@@ -66,13 +66,9 @@ def interleaved(rows: int, heads: int) -> Order:
 def refusal(scheme: TensorScheme, columns: int) -> str:
     """Why no tensor type carries this scheme, and what would be carried, or ''."""
     if not scheme.symmetric:
-        return (
-            "it has zero points, which Q8_0 and Q4_0 have no place for (Q4_1 rounds them)"
-        )
+        return "it has zero points, which Q8_0 and Q4_0 have no place for (Q4_1 rounds them)"
     if scheme.activation == "static":
-        return (
-            "activation static: llama.cpp quantizes inputs by itself, in blocks of 32"
-        )
+        return "activation static: llama.cpp quantizes inputs by itself, in blocks of 32"
     if columns % BLOCK:
         return f"K = {columns} is not a multiple of {BLOCK}: keep it float with skip"
     if scheme.group_size is not None and scheme.group_size % BLOCK:

@@ -1,8 +1,9 @@
-"""Why a target refuses the schemes of a checkpoint's weights, and the nearest one that it carries."""
+"""Why a target refuses schemes of a checkpoint's weights, and the nearest ones that it carries."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 
 from pocketglm.artifacts.checkpoint import Checkpoint
@@ -30,12 +31,17 @@ def scheme_reasons(
         scheme = ckpt.manifest.schemes[name]
         if cause := refuse(name, scheme):
             columns = stored_shape(ckpt, name)[1]
-            other = nearest(scheme, columns, lambda s, at=name: not refuse(at, s), tied=tied)
+            works = partial(_works, refuse, name)
+            other = nearest(scheme, columns, works, tied=tied)
             found.setdefault(cause + (f": compress with {other}" if other else ""), []).append(name)
     return [
         f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
         for reason, names in found.items()
     ]
+
+
+def _works(refuse: Refuse, name: str, scheme: TensorScheme) -> bool:
+    return not refuse(name, scheme)
 
 
 def nearest(
