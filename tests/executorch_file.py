@@ -35,10 +35,10 @@ class Weight(NamedTuple):
 
 
 def read_weights(file: Path) -> dict[str, Weight]:
-    """By the names that a checkpoint has."""
+    """By the names that a checkpoint of BERT has, any more by number."""
     found = list(_products(file))
     names = [f"encoder.layer.{i}.{part}" for i in range(len(found) // 6) for part in _LAYERS]
-    names += ["pooler.dense"]
+    names += ["pooler.dense", *(f"product.{i}" for i in range(len(names) + 1, len(found)))]
     weights = {f"{n}.weight": w for n, w in zip(names, found, strict=False) if w is not None}
     for words in _tables(file):
         weights["embeddings.word_embeddings.weight"] = words

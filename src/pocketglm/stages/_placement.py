@@ -132,8 +132,9 @@ def words(entry: Placement) -> tuple[str, str]:
     if not entry.left:
         return message, "" if entry.lowered else other
     first = entry.left[0]
+    fall = "falls" if first.count == 1 else "fall"
     message += (
-        f"; {_count(first.count, first.op)} fall back to the CPU, the first one in {first.part} "
+        f"; {_count(first.count, first.op)} {fall} back to the CPU, the first one in {first.part} "
         f"({first.first}): {first.because}"
     )
     return message, other if not entry.lowered else first.rewrite or other
