@@ -329,6 +329,19 @@ def test_shares_and_their_names() -> None:
     ]
 
 
+def test_where_nothing_multiplies_the_operators_count() -> None:
+    def share(nodes: int, taken: int, macs: int, macs_taken: int) -> float:
+        return Placement(
+            target="onnx", device="d", delegate="x", title="X", runs_on="npu", accelerator="N",
+            graph="g", nodes=nodes, taken=taken, partitions=1, macs=macs, macs_taken=macs_taken,
+            parts=[], evidence="inferred", judgement="little",
+        ).share  # fmt: skip
+
+    assert share(4, 1, 0, 0) == 0.25
+    assert share(4, 1, 100, 90) == 0.9
+    assert share(0, 0, 0, 0) == 0.0
+
+
 # --- the gate -----------------------------------------------------------------------------------
 
 

@@ -6,24 +6,12 @@ read it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 Size = int | None  # of an axis; None: known when the model runs
 Scales = Literal["none", "tensor", "channel", "block"]
-
-BITS = {
-    "float32": 32,
-    "float16": 16,
-    "int64": 64,
-    "int32": 32,
-    "int8": 8,
-    "uint8": 8,
-    "int4": 4,
-    "bool": 8,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +26,6 @@ class Value:
     constant: bool = False
     scales: Scales = "none"
     block: int = 0
-
-    @property
-    def bytes(self) -> int:
-        """Of a constant, as it is stored, without its scales; 0 of others."""
-        if not self.constant:
-            return 0
-        return math.ceil(math.prod(size or 0 for size in self.shape) * BITS[self.dtype] / 8)
 
 
 @dataclass(frozen=True, slots=True)
