@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import json
 import os
 import re
@@ -20,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +76,14 @@ onnx,litert,executorch,gguf,coreml`, each in a process of its own. Columns:
   units of the logits' standard deviation, KL in nats, flips = another most likely answer (of a
   decoder: next token). Core ML's column is the reference evaluator in simulated fp16, not Core ML;
 - speed: one thread, alternating rounds, ratio to ONNX Runtime in the same round; above 1 is faster.
-  On this x86 machine: phones differ (`docs/cost-model.md`);
+  On this x86 machine: phones differ (`docs/cost-model.md`). LiteRT's and ExecuTorch's decoders read
+  their whole cache (here as long as the model allows) for each token, the others what is filled:
+  `--max-length` shortens it;
 - delegate takes: share of the multiplications, and the operators, of the graph of which it takes
   least. XNNPACK (LiteRT, ExecuTorch) by the rules that equal the real runtimes node by node in the
   tests; of Core ML the better unit of an iPhone 15 Pro, by rules that nobody has checked on one.
+
+The 98 M model's weights are random, so its likeliest tokens are near ties: its flips say little.
 """
 
 INT8 = ["--method", "quantize_rtn", "--set", "bits=8", "--set", "embeddings=8", "--set", "head=8"]
@@ -440,7 +443,11 @@ def page(results: Results) -> str:
 
 
 def installed(package: str) -> bool:
-    return importlib.util.find_spec(package.replace("-", "_")) is not None
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def kept(work: Path, name: str, measured: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
