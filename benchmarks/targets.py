@@ -78,7 +78,8 @@ onnx,litert,executorch,gguf,coreml`, each in a process of its own. Columns:
 - speed: one thread, alternating rounds, ratio to ONNX Runtime in the same round; above 1 is faster.
   On this x86 machine: phones differ (`docs/cost-model.md`). LiteRT's and ExecuTorch's decoders read
   their whole cache (here as long as the model allows) for each token, the others what is filled:
-  `--max-length` shortens it;
+  `--max-length` shortens it: exported with 256, the 98 M model's LiteRT file made 1.20, 1.28 and
+  1.25 times ONNX's tokens (2026-11-25; `pocketglm bench EXPORT --threads 1 --runs 3`, alternating);
 - delegate takes: share of the multiplications, and the operators, of the graph of which it takes
   least. XNNPACK (LiteRT, ExecuTorch) by the rules that equal the real runtimes node by node in the
   tests; of Core ML the better unit of an iPhone 15 Pro, by rules that nobody has checked on one.
