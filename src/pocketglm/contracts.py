@@ -318,7 +318,6 @@ class SessionInfo:
 
     max_length: of an encoder, tokens per text; of a decoder, prompt and answer together.
     scores: the positions that one call of a decoder's file has logits of.
-    emulated: computed by a reference evaluator, whose speed and memory are not the runtime's.
     """
 
     runtime: str
@@ -333,7 +332,6 @@ class SessionInfo:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     scores: Literal["last", "all"] = "all"
-    emulated: bool = False
 
 
 class EncoderSession(Protocol):

@@ -18,7 +18,7 @@ from pocketglm.artifacts.export import ExportManifest
 from pocketglm.contracts import Floats, Ids, SessionInfo
 from pocketglm.errors import CheckpointError
 from pocketglm.runtimes._coreml_program import OpenFunction
-from pocketglm.runtimes._text import check_rewind, check_tokens
+from pocketglm.runtimes._text import CachedText, check_tokens
 
 DECODE = "decode"
 
@@ -59,12 +59,11 @@ class _Graph:
         return np.asarray(logits, np.float32).reshape(-1, logits.shape[-1])
 
 
-class CoreMLDecoderSession:
+class CoreMLDecoderSession(CachedText):
     """An open decoder with one text; forks share the weights."""
 
     def __init__(self, graphs: Sequence[_Graph], info: SessionInfo, output: str) -> None:
         self._graphs, self.info, self._output = list(graphs), info, output
-        self._length = 0
         self._state = self._graphs[0].function.new_state()
 
     @classmethod
@@ -103,11 +102,6 @@ class CoreMLDecoderSession:
             )
         return cls(graphs, info, manifest.output)
 
-    @property
-    def length(self) -> int:
-        """Tokens of the text so far."""
-        return self._length
-
     def prefill(self, ids: Sequence[int]) -> Floats:
         """Append one or more tokens; the logits after the last one, float32 [V].
 
@@ -116,19 +110,6 @@ class CoreMLDecoderSession:
         """
         last: Floats = self._append(check_tokens(ids, self._length, self.info))[-1]
         return last
-
-    def step(self, token: int) -> Floats:
-        """`prefill` of one token."""
-        return self.prefill([token])
-
-    def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens.
-
-        Raises:
-            UsageError: the text has fewer.
-        """
-        check_rewind(count, self._length)
-        self._length -= count
 
     def fork(self) -> CoreMLDecoderSession:
         """A session with a copy of the text so far; it shares the weights."""

@@ -16,7 +16,7 @@ from pocketglm.artifacts.export import ExportManifest
 from pocketglm.contracts import Floats, RunOptions, SessionInfo
 from pocketglm.runtimes._executorch_method import Method
 from pocketglm.runtimes._info import decoder_info
-from pocketglm.runtimes._text import check_rewind, check_tokens
+from pocketglm.runtimes._text import Text, check_tokens
 
 
 class _Cache:
@@ -39,7 +39,7 @@ class _Cache:
         return logits[0] if logits.ndim == 2 else logits[0, -len(tokens) :]
 
 
-class ExecutorchDecoderSession:
+class ExecutorchDecoderSession(Text):
     """An open decoder with one text; forks share the weights and the cache."""
 
     def __init__(self, cache: _Cache, info: SessionInfo) -> None:
@@ -76,17 +76,7 @@ class ExecutorchDecoderSession:
         last: Floats = logits if logits.ndim == 1 else logits[-1]
         return last
 
-    def step(self, token: int) -> Floats:
-        """`prefill` of one token."""
-        return self.prefill([token])
-
-    def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens.
-
-        Raises:
-            UsageError: the text has fewer.
-        """
-        check_rewind(count, self.length)
+    def _forget(self, count: int) -> None:
         del self._text[self.length - count :]
 
     def fork(self) -> ExecutorchDecoderSession:

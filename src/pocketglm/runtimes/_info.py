@@ -10,7 +10,7 @@ from pocketglm.errors import CheckpointError
 from pocketglm.runtimes._text import context_of
 
 
-def encoder_info(manifest: ExportManifest, threads: int, *, emulated: bool = False) -> SessionInfo:
+def encoder_info(manifest: ExportManifest, threads: int) -> SessionInfo:
     """Of an encoder's export."""
     return SessionInfo(
         runtime=manifest.runtime,
@@ -21,7 +21,6 @@ def encoder_info(manifest: ExportManifest, threads: int, *, emulated: bool = Fal
         activation=manifest.activation,
         threads=threads,
         vocab_size=manifest.vocab_size,
-        emulated=emulated,
     )
 
 
@@ -30,8 +29,6 @@ def decoder_info(
     manifest: ExportManifest,
     threads: int,
     options: RunOptions,
-    *,
-    emulated: bool = False,
 ) -> SessionInfo:
     """Of the decoder's export at `path`.
 
@@ -55,5 +52,4 @@ def decoder_info(
         bos_id=manifest.bos_id,
         eos_ids=tuple(manifest.eos_ids),
         scores=manifest.logits,
-        emulated=emulated,
     )

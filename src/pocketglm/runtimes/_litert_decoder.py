@@ -24,17 +24,16 @@ from pocketglm.contracts import Floats, Ids, RunOptions, SessionInfo
 from pocketglm.errors import CheckpointError, require
 from pocketglm.runtimes._info import decoder_info
 from pocketglm.runtimes._quiet import silence
-from pocketglm.runtimes._text import check_rewind, check_tokens
+from pocketglm.runtimes._text import CachedText, check_tokens
 
 _DECODE = "decode"
 
 
-class LitertDecoderSession:
+class LitertDecoderSession(CachedText):
     """An open decoder with one text; forks share the weights."""
 
     def __init__(self, model: Any, info: SessionInfo) -> None:
         self._model, self.info = model, info
-        self._length = 0
         details = model.get_input_tensor_details(_DECODE)
         self._shapes = {n: tuple(d["shape"]) for n, d in details.items() if n[:2] == "kv"}
         self._cache = {n: model.create_input_buffer_by_name(_DECODE, n) for n in self._shapes}
@@ -60,11 +59,6 @@ class LitertDecoderSession:
         with silence():
             return cls(_compiled(file, threads, optimize=options.optimize), info)
 
-    @property
-    def length(self) -> int:
-        """Tokens of the text so far."""
-        return self._length
-
     def prefill(self, ids: Sequence[int]) -> Floats:
         """Append one or more tokens; the logits after the last one, float32 [V].
 
@@ -73,19 +67,6 @@ class LitertDecoderSession:
         """
         last: Floats = self._append(check_tokens(ids, self._length, self.info))[-1]
         return last
-
-    def step(self, token: int) -> Floats:
-        """`prefill` of one token."""
-        return self.prefill([token])
-
-    def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens.
-
-        Raises:
-            UsageError: the text has fewer.
-        """
-        check_rewind(count, self._length)
-        self._length -= count
 
     def fork(self) -> LitertDecoderSession:
         """A session with a copy of the text so far; it shares the weights."""

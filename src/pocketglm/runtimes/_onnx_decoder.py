@@ -16,14 +16,14 @@ import onnxruntime as ort
 from pocketglm.artifacts.export import ExportManifest
 from pocketglm.contracts import Floats, Ids, RunOptions, SessionInfo
 from pocketglm.runtimes._info import decoder_info
-from pocketglm.runtimes._text import check_rewind, check_tokens
+from pocketglm.runtimes._text import CachedText, check_tokens
 
 _FIRST = 256  # tokens that the buffers begin with
 
 Cache = npt.NDArray[np.float32] | npt.NDArray[np.int8]
 
 
-class OnnxDecoderSession:
+class OnnxDecoderSession(CachedText):
     """An open decoder with one text; forks share the weights."""
 
     def __init__(self, session: ort.InferenceSession, info: SessionInfo) -> None:
@@ -32,7 +32,6 @@ class OnnxDecoderSession:
         first = session.get_inputs()[2]
         self._heads, self._head_dim = first.shape[1], first.shape[3]
         self._int8 = first.type == "tensor(int8)"
-        self._length = 0
         self._bind([self._empty(min(_FIRST, info.max_length)) for _ in self._names])
 
     @classmethod
@@ -53,11 +52,6 @@ class OnnxDecoderSession:
         info = decoder_info(path, manifest, threads, options)
         return cls(session, info)
 
-    @property
-    def length(self) -> int:
-        """Tokens of the text so far."""
-        return self._length
-
     def prefill(self, ids: Sequence[int]) -> Floats:
         """Append one or more tokens; the logits after the last one, float32 [V].
 
@@ -75,19 +69,6 @@ class OnnxDecoderSession:
         self._length = end
         logits: Floats = self._binding.get_outputs()[0].numpy()[0, -1]
         return logits
-
-    def step(self, token: int) -> Floats:
-        """`prefill` of one token."""
-        return self.prefill([token])
-
-    def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens.
-
-        Raises:
-            UsageError: the text has fewer.
-        """
-        check_rewind(count, self._length)
-        self._length -= count
 
     def fork(self) -> OnnxDecoderSession:
         """A session with a copy of the text so far; it shares the weights."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from pocketglm.contracts import Ids, SessionInfo
+from pocketglm.contracts import Floats, Ids, SessionInfo
 from pocketglm.errors import UsageError
 
 
@@ -73,9 +74,54 @@ def check_tokens(ids: Sequence[int], length: int, info: SessionInfo) -> Ids:
     return tokens
 
 
-def check_rewind(count: int, length: int) -> None:
-    """Raises UsageError unless a text of `length` tokens has `count` to forget."""
-    if not 0 <= count <= length:
-        raise UsageError(
-            f"cannot rewind {count} tokens, the text has {length}", "rewind fewer tokens"
-        )
+class Text(ABC):
+    """What is the same in every decoder session, see `contracts.DecoderSession`."""
+
+    info: SessionInfo
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens of the text so far."""
+
+    @abstractmethod
+    def prefill(self, ids: Sequence[int]) -> Floats:
+        """Append one or more tokens; the logits after the last one, float32 [V].
+
+        Raises:
+            UsageError: no token, one outside the vocabulary, or more than the cache can hold.
+        """
+
+    @abstractmethod
+    def _forget(self, count: int) -> None:
+        """Drop the last `count` tokens, of which there are as many."""
+
+    def step(self, token: int) -> Floats:
+        """`prefill` of one token."""
+        return self.prefill([token])
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens.
+
+        Raises:
+            UsageError: the text has fewer.
+        """
+        if not 0 <= count <= self.length:
+            raise UsageError(
+                f"cannot rewind {count} tokens, the text has {self.length}", "rewind fewer tokens"
+            )
+        self._forget(count)
+
+
+class CachedText(Text):
+    """A session whose cache holds the text, so that only its length has to be known."""
+
+    _length = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text so far."""
+        return self._length
+
+    def _forget(self, count: int) -> None:
+        self._length -= count

@@ -84,7 +84,7 @@ def open_export(path: Path, options: RunOptions) -> Session:
         )
     if manifest.kind == "decoder":
         return _open_decoder(path, package, manifest, options)
-    info = encoder_info(manifest, options.threads or 0, emulated=not runs_here())
+    info = encoder_info(manifest, options.threads or 0)
     function = open_function(package, package.default, half=options.optimize)
     _check_encoder(path, function, manifest)
     return CoreMLSession(function, info)
@@ -103,7 +103,7 @@ def _check_encoder(path: Path, function: OpenFunction, manifest: ExportManifest)
 def _open_decoder(
     path: Path, package: Package, manifest: ExportManifest, options: RunOptions
 ) -> CoreMLDecoderSession:
-    info = decoder_info(path, manifest, options.threads or 0, options, emulated=not runs_here())
+    info = decoder_info(path, manifest, options.threads or 0, options)
     functions = {
         name: open_function(package, name, half=options.optimize) for name in package.functions
     }

@@ -19,12 +19,12 @@ from pocketglm.artifacts.export import ExportManifest, read_export
 from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, SessionInfo
 from pocketglm.errors import CheckpointError, UsageError, require
 from pocketglm.runtimes._cores import usable_cores
-from pocketglm.runtimes._text import check_rewind, check_tokens, context_of
+from pocketglm.runtimes._text import Text, check_tokens, context_of
 
 CONFIG = "genai_config.json"
 
 
-class GenaiSession:
+class GenaiSession(Text):
     """An open decoder with one text; forks share the weights."""
 
     def __init__(self, model: Any, info: SessionInfo) -> None:
@@ -50,17 +50,7 @@ class GenaiSession:
         self._ids += tokens.tolist()
         return logits
 
-    def step(self, token: int) -> Floats:
-        """`prefill` of one token."""
-        return self.prefill([token])
-
-    def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens.
-
-        Raises:
-            UsageError: the text has fewer.
-        """
-        check_rewind(count, self.length)
+    def _forget(self, count: int) -> None:
         if count:
             del self._ids[-count:]
             self._generator.rewind_to(self.length)

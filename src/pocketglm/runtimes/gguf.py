@@ -16,7 +16,7 @@ from pocketglm.contracts import Floats, Ids, RunOptions, Runtime, Session, Sessi
 from pocketglm.errors import CheckpointError, UsageError
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.runtimes._llama import Context, Model, library
-from pocketglm.runtimes._text import check_rewind, check_tokens, context_of
+from pocketglm.runtimes._text import Text, check_tokens, context_of
 
 
 class GgufEncoderSession:
@@ -47,7 +47,7 @@ class GgufEncoderSession:
         self._model.close()
 
 
-class GgufDecoderSession:
+class GgufDecoderSession(Text):
     """An open decoder with one text; forks share the weights."""
 
     def __init__(self, model: Model, info: SessionInfo, *, owner: bool = True) -> None:
@@ -74,17 +74,7 @@ class GgufDecoderSession:
         last: Floats = logits[0]
         return last
 
-    def step(self, token: int) -> Floats:
-        """`prefill` of one token."""
-        return self.prefill([token])
-
-    def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens.
-
-        Raises:
-            UsageError: the text has fewer.
-        """
-        check_rewind(count, self.length)
+    def _forget(self, count: int) -> None:
         del self._ids[self.length - count :]
         self._context.forget(self.length)
 

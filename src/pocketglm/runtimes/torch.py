@@ -25,7 +25,7 @@ from pocketglm.model.hf import (
 from pocketglm.model.inputs import cache_scales, input_grids
 from pocketglm.ops.fake_quant import quantized_inputs
 from pocketglm.runtimes._cores import usable_cores
-from pocketglm.runtimes._text import check_rewind, check_tokens, context_of
+from pocketglm.runtimes._text import Text, check_tokens, context_of
 
 
 class TorchSession:
@@ -75,7 +75,7 @@ class TorchSession:
         del self._model
 
 
-class TorchDecoderSession:
+class TorchDecoderSession(Text):
     """An open decoder in float32, its cache as the checkpoint says; forks share its weights."""
 
     def __init__(self, model: Decoder, cache: KVCache, info: SessionInfo) -> None:
@@ -124,17 +124,7 @@ class TorchDecoderSession:
         result: Floats = out[0].numpy()
         return result
 
-    def step(self, token: int) -> Floats:
-        """`prefill` of one token."""
-        return self.prefill([token])
-
-    def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens.
-
-        Raises:
-            UsageError: the text has fewer.
-        """
-        check_rewind(count, self.length)
+    def _forget(self, count: int) -> None:
         self._cache.rewind(count)
 
     def fork(self) -> TorchDecoderSession:

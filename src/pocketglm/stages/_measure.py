@@ -28,7 +28,7 @@ import numpy as np
 
 from pocketglm.artifacts.checkpoint import read_json
 from pocketglm.artifacts.export import is_export, read_export
-from pocketglm.contracts import DecoderSession, EncoderSession, Ids, RunOptions, SessionInfo
+from pocketglm.contracts import DecoderSession, EncoderSession, Ids, RunOptions, Runtime
 from pocketglm.errors import (
     InputError,
     MissingExtraError,
@@ -117,12 +117,13 @@ def serve(load: Load, answers: IO[str]) -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
-    if prepare := runtime_of(load.path, load.runtime).prepare:
-        prepare()
+    runtime = runtime_of(load.path, load.runtime)
+    _check_real(load, runtime)
+    if runtime.prepare:
+        runtime.prepare()
     start = time.perf_counter()
     session = open_session(load.path, RunOptions(threads=load.threads), load.runtime)
     load_ms = (time.perf_counter() - start) * 1e3
-    _check_real(load, session.info)
     _check_room(load, session.info.max_length)
     ids, mask = sample(load.path, load.batch, load.tokens + load.new_tokens)
     answer(runtime=session.info.runtime, threads=session.info.threads, load_ms=load_ms)
@@ -139,10 +140,10 @@ def serve(load: Load, answers: IO[str]) -> None:
     answer(peak_rss=peak_rss())
 
 
-def _check_real(load: Load, info: SessionInfo) -> None:
-    if info.emulated:
+def _check_real(load: Load, runtime: Runtime) -> None:
+    if runtime.emulated:
         raise UnsupportedError(
-            f"{load.path} is computed here by the reference evaluator of {info.runtime}",
+            f"{load.path} is computed here by its runtime's reference evaluator",
             ["its speed and memory say nothing about the device"],
             "measure on a device that has this runtime; eval and predict work here",
         )

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pocketglm import registry
 from pocketglm.artifacts.checkpoint import model_folder
 from pocketglm.artifacts.export import ExportManifest, check_files, read_export
 from pocketglm.artifacts.manifest import digest_value
 from pocketglm.contracts import Metric
+from pocketglm.runtimes import runtime_of
 from pocketglm.stages._timing import Timings
 
 
@@ -73,7 +73,7 @@ def describe(side: Side, timings: Timings | None, metrics: Mapping[str, Metric])
         "max_length": manifest.max_length,
         "activation": manifest.activation,
         "parity": manifest.parity.model_dump(mode="json", exclude={"blocks"}),
-        "delegate": registry.load("runtimes", manifest.runtime).delegate,
+        "delegate": runtime_of(side.path).delegate,
         "placement": [entry.model_dump(mode="json") for entry in manifest.placement],
         **(_measured(timings) if timings else {}),
         "metrics": {

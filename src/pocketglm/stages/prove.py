@@ -36,7 +36,7 @@ from pocketglm.eval._evaluate import check_kind, check_vocabularies, held_out
 from pocketglm.eval.command import read_grammar
 from pocketglm.model.hf import is_decoder, labels_of
 from pocketglm.report import card, html, markdown
-from pocketglm.runtimes import open_session
+from pocketglm.runtimes import open_session, runtime_of
 from pocketglm.runtimes._cores import usable_cores
 from pocketglm.stages import _claims, _claims_decoder, _device
 from pocketglm.stages._claims import Builder, Gates
@@ -114,7 +114,7 @@ def prove(
     else:
         _check_labels(other, candidate)
     data = held_out(other.path, held_out(candidate.path, data, reporter), reporter)
-    if _runtime_of(candidate).emulated:
+    if runtime_of(candidate.path).emulated:
         _check_untimed(candidate, gates)
     rows = read_rows(data, task, gates)
     threads = threads or candidate.manifest.threads or usable_cores()
@@ -277,7 +277,7 @@ def _measure(
     build = Builder(_device.short(device, job.threads))
     found = compare(build, sides, job, reporter)
     tokens, new = _lengths(sides)
-    runtime = _runtime_of(candidate)
+    runtime = runtime_of(candidate.path)
     timings = (
         None
         if runtime.emulated
@@ -325,11 +325,6 @@ def _latency(timings: tuple[Timings, Timings], tokens: int, new: int, job: Job) 
         "threads": job.threads,
         "pairs": job.pairs,
     }
-
-
-def _runtime_of(side: Side) -> Runtime:
-    runtime: Runtime = registry.load("runtimes", side.manifest.runtime)
-    return runtime
 
 
 def _notes(found: Sequence[str], tokens: int, new: int, runtime: Runtime) -> list[str]:
